@@ -1,0 +1,1 @@
+//! Configuration from flags, environment and file, resolved once.

@@ -1,0 +1,1 @@
+//! The front's side of running: worker supervision, variants, queue, batches, admission.

@@ -1,0 +1,1 @@
+//! Frames and shared memory between the front and its workers, and the plain data that crosses.

@@ -1,0 +1,3 @@
+//! The `introspectd` binary.
+
+fn main() {}

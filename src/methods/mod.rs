@@ -1,0 +1,1 @@
+//! One file per method: pure mathematics around rows that the engine runs.

@@ -1,0 +1,1 @@
+//! The ONNX file format and the graph in it.

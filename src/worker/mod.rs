@@ -1,0 +1,1 @@
+//! The child process that holds one generation of a model.
