@@ -5,6 +5,7 @@
 //! graph that [`rewrite`] made from what [`anatomy`] found in the [`onnx`] file, and stream back.
 
 pub mod anatomy;
+pub mod cli;
 pub mod config;
 pub mod engine;
 pub mod ipc;
