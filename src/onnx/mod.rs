@@ -1,1 +1,38 @@
-//! The ONNX file format and the graph in it.
+//! The ONNX file format and the graph in it: read, check, edit, write.
+//!
+//! What it promises, in the order in which a file passes through:
+//! 1. [`Folder`] opens files beneath the model's folder only: no path out, no links, regular files.
+//! 2. [`Limits`] are held by a scan of the raw bytes, before anything is allocated for them.
+//! 3. [`Model::open`] decodes with the weights still in the mapped file, inlines local functions and builds the
+//!    [`Graph`]: unique names, no cycle, nothing dangling, topological order.
+//! 4. A [`Patch`] is an edit as a value; applying it gives a new graph that has passed the same checks.
+//! 5. [`Model::encode`] writes a model again, large weights by reference to the file they came from.
+//!
+//! Left out on purpose: shape inference (shapes are measured, see [`crate::anatomy`]), constant folding, edits
+//! inside the subgraphs of control-flow operators.
+
+mod constant;
+mod dump;
+mod encode;
+mod error;
+mod folder;
+mod functions;
+mod graph;
+mod limits;
+mod load;
+mod mapped;
+mod node;
+mod patch;
+mod proto;
+
+#[cfg(test)]
+mod build;
+
+pub use encode::Weights;
+pub use error::OnnxError;
+pub use folder::Folder;
+pub use graph::{Dim, Graph, Initializer, NodeId, Origin, Port, TypeFact, ValueId};
+pub use limits::Limits;
+pub use load::Model;
+pub use node::{Attribute, Node};
+pub use patch::{NodeSpec, Patch};

@@ -1,0 +1,424 @@
+//! Edits as values. A patch is built against a graph, and applying it gives a new graph that has passed every check
+//! of a loaded one; the old graph stays as it was.
+//!
+//! ```text
+//! tap        v ──┬──▶ readers          a value also becomes an output
+//!                └──▶ output
+//! shunt      v ─╳    w ──▶ readers     readers of v read w instead
+//! intercept  v ──▶ f ──▶ readers       readers of v read f(v)
+//! ```
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
+
+use super::{
+    OnnxError,
+    graph::{Data, Dim, Graph, Initializer, NodeId, Port, TypeFact, ValueId},
+    node::{Attribute, Node},
+    proto::number_of,
+};
+use crate::tensor::{DType, Tensor};
+
+/// A node to add.
+#[derive(Clone, Debug, Default)]
+pub struct NodeSpec<'a> {
+    /// Operator type.
+    pub op: &'a str,
+    /// Operator domain; empty for the standard one.
+    pub domain: &'a str,
+    /// Inputs in the operator's order.
+    pub inputs: Vec<Option<ValueId>>,
+    /// Attributes.
+    pub attributes: Vec<Attribute>,
+    /// Number of outputs.
+    pub outputs: usize,
+}
+
+/// A set of edits to one graph.
+#[derive(Clone, Debug)]
+pub struct Patch {
+    prefix: String,
+    /// The base graph with what is added; not yet checked.
+    draft: Graph,
+    shunts: Vec<Shunt>,
+    removed: HashSet<NodeId>,
+    keep_outputs: Option<Vec<ValueId>>,
+}
+
+#[derive(Clone, Debug)]
+struct Shunt {
+    from: ValueId,
+    to: ValueId,
+    /// Nodes that go on reading `from`: those the replacement is made of.
+    except: HashSet<NodeId>,
+    outputs_too: bool,
+}
+
+impl Patch {
+    /// An empty patch. `prefix` begins the names of what it adds.
+    pub fn new(base: &Graph, prefix: &str) -> Self {
+        Self {
+            prefix: prefix.to_owned(),
+            draft: base.clone(),
+            shunts: Vec::new(),
+            removed: HashSet::new(),
+            keep_outputs: None,
+        }
+    }
+
+    /// The graph that the patch edits, with what was added so far.
+    pub fn draft(&self) -> &Graph {
+        &self.draft
+    }
+
+    fn fresh(&mut self, hint: &str) -> ValueId {
+        let mut at = self.draft.names.len();
+        loop {
+            let name = format!("{}/{hint}_{at}", self.prefix);
+            if !self.draft.index.contains_key(name.as_str()) {
+                return self.draft.intern(&name);
+            }
+            at += 1;
+        }
+    }
+
+    /// Adds a node; its outputs are new values.
+    pub fn node(&mut self, spec: NodeSpec<'_>) -> Vec<ValueId> {
+        let outputs: Vec<ValueId> = (0..spec.outputs).map(|_| self.fresh(spec.op)).collect();
+        self.node_making(spec, outputs.iter().copied().map(Some).collect());
+        outputs
+    }
+
+    /// Adds a node that makes the given values, which must have lost their producer (see [`Patch::remove`]).
+    pub fn node_making(&mut self, spec: NodeSpec<'_>, outputs: Vec<Option<ValueId>>) -> NodeId {
+        let name = format!("{}/{}_{}", self.prefix, spec.op, self.draft.nodes.len());
+        self.draft.nodes.push(Some(Arc::new(Node {
+            op: spec.op.to_owned(),
+            domain: spec.domain.to_owned(),
+            name,
+            inputs: spec.inputs,
+            outputs,
+            implicit: Vec::new(),
+            attributes: spec.attributes.into_iter().map(|a| a.0).collect(),
+        })));
+        NodeId((self.draft.nodes.len() - 1) as u32)
+    }
+
+    /// Adds a standard node with one output.
+    pub fn op(&mut self, op: &str, inputs: &[ValueId], attributes: Vec<Attribute>) -> ValueId {
+        self.node(NodeSpec {
+            op,
+            inputs: inputs.iter().copied().map(Some).collect(),
+            attributes,
+            outputs: 1,
+            ..NodeSpec::default()
+        })[0]
+    }
+
+    /// Adds a weight.
+    pub fn constant(&mut self, hint: &str, tensor: &Tensor) -> ValueId {
+        let value = self.fresh(hint);
+        let weight = Initializer {
+            element: number_of(tensor.dtype()),
+            dims: tensor.shape().to_vec(),
+            data: Data::Dense {
+                bytes: tensor.bytes().clone(),
+                origin: None,
+            },
+        };
+        self.draft.initializers.insert(value, Arc::new(weight));
+        value
+    }
+
+    /// Adds a constant list of integers.
+    pub fn ints(&mut self, values: &[i64]) -> ValueId {
+        let tensor = Tensor::from_i64(vec![values.len()], values)
+            .expect("a list has the length of its shape");
+        self.constant("ints", &tensor)
+    }
+
+    /// Adds a float constant without axes.
+    pub fn scalar(&mut self, value: f32) -> ValueId {
+        let tensor = Tensor::from_f32(vec![], &[value]).expect("one element for a scalar");
+        self.constant("scalar", &tensor)
+    }
+
+    /// Adds an input under a name that must be new.
+    pub fn input(
+        &mut self,
+        name: &str,
+        dtype: DType,
+        dims: Vec<Dim>,
+    ) -> Result<ValueId, OnnxError> {
+        let value = self.new_name(name)?;
+        let fact = Some(TypeFact {
+            element: number_of(dtype),
+            dtype: Some(dtype),
+            dims: Some(dims),
+        });
+        self.draft.inputs.push(Port { value, fact });
+        Ok(value)
+    }
+
+    /// Makes a value an output under a name that must be new.
+    pub fn tap(&mut self, value: ValueId, name: &str) -> Result<(), OnnxError> {
+        let output = self.new_name(name)?;
+        self.node_making(
+            NodeSpec {
+                op: "Identity",
+                inputs: vec![Some(value)],
+                ..NodeSpec::default()
+            },
+            vec![Some(output)],
+        );
+        self.draft.outputs.push(Port {
+            value: output,
+            fact: None,
+        });
+        Ok(())
+    }
+
+    /// Makes a value an output under its own name, if it is none yet.
+    pub fn output(&mut self, value: ValueId) {
+        if !self.draft.is_output(value) {
+            self.draft.outputs.push(Port { value, fact: None });
+        }
+    }
+
+    fn new_name(&mut self, name: &str) -> Result<ValueId, OnnxError> {
+        if name.is_empty() || self.draft.index.contains_key(name) {
+            return Err(OnnxError::Patch(format!(
+                "the name \"{name}\" is in use already"
+            )));
+        }
+        Ok(self.draft.intern(name))
+    }
+
+    /// Every reader of `from`, and an output under it, reads `to` instead. An output keeps its name.
+    pub fn shunt(&mut self, from: ValueId, to: ValueId) {
+        self.shunts.push(Shunt {
+            from,
+            to,
+            except: HashSet::new(),
+            outputs_too: true,
+        });
+    }
+
+    /// Puts `f` between a value and its readers. What `f` adds goes on reading the value itself.
+    pub fn intercept(&mut self, value: ValueId, f: impl FnOnce(&mut Patch, ValueId) -> ValueId) {
+        let before = self.draft.nodes.len();
+        let to = f(self, value);
+        let except = (before..self.draft.nodes.len())
+            .map(|n| NodeId(n as u32))
+            .collect();
+        self.shunts.push(Shunt {
+            from: value,
+            to,
+            except,
+            outputs_too: true,
+        });
+    }
+
+    /// Takes a node out; what it made must be made anew or read no more.
+    pub fn remove(&mut self, node: NodeId) {
+        self.removed.insert(node);
+    }
+
+    /// Keeps these outputs only, and prunes every node that none of them needs.
+    pub fn keep_outputs(&mut self, values: &[ValueId]) {
+        self.keep_outputs = Some(values.to_vec());
+    }
+
+    /// Makes the new graph.
+    pub fn apply(mut self) -> Result<Graph, OnnxError> {
+        for node in &self.removed {
+            self.draft.nodes[node.0 as usize] = None;
+        }
+        for shunt in std::mem::take(&mut self.shunts) {
+            self.reroute(&shunt)?;
+        }
+        if let Some(keep) = &self.keep_outputs {
+            self.draft.outputs.retain(|p| keep.contains(&p.value));
+            if self.draft.outputs.is_empty() {
+                return Err(OnnxError::Patch("no output would be left".to_owned()));
+            }
+        }
+        let prune = self.keep_outputs.is_some() || !self.removed.is_empty();
+        let graph = self.draft.finish()?;
+        if prune { pruned(graph) } else { Ok(graph) }
+    }
+
+    fn reroute(&mut self, shunt: &Shunt) -> Result<(), OnnxError> {
+        let Shunt {
+            from,
+            to,
+            except,
+            outputs_too,
+        } = shunt;
+        for (at, slot) in self.draft.nodes.iter_mut().enumerate() {
+            let Some(node) = slot else { continue };
+            if except.contains(&NodeId(at as u32)) {
+                continue;
+            }
+            if node.implicit.contains(from) {
+                return Err(OnnxError::Patch(format!(
+                    "\"{}\" is read inside a subgraph of node \"{}\"",
+                    self.draft.names[from.0 as usize],
+                    node.label()
+                )));
+            }
+            if node.inputs.contains(&Some(*from)) {
+                let mut changed = node.as_ref().clone();
+                for input in &mut changed.inputs {
+                    if *input == Some(*from) {
+                        *input = Some(*to);
+                    }
+                }
+                *slot = Some(Arc::new(changed));
+            }
+        }
+        if *outputs_too && self.draft.is_output(*from) {
+            self.rename_output(*from, *to)?;
+        }
+        Ok(())
+    }
+
+    /// An output keeps its name: the value that had it takes another, and an `Identity` brings the new value under the old name.
+    fn rename_output(&mut self, from: ValueId, to: ValueId) -> Result<(), OnnxError> {
+        let name = self.draft.names[from.0 as usize].clone();
+        if self.draft.inputs.iter().any(|p| p.value == from)
+            || self.draft.initializers.contains_key(&from)
+        {
+            return Err(OnnxError::Patch(format!(
+                "\"{name}\" is an input or a weight and an output at once"
+            )));
+        }
+        let inner = self.fresh("inner");
+        let inner_name = self.draft.names[inner.0 as usize].clone();
+        // The two ids change names; every reader and producer holds ids.
+        self.draft.names[from.0 as usize] = inner_name.clone();
+        self.draft.names[inner.0 as usize] = name.clone();
+        self.draft.index.insert(inner_name, from);
+        self.draft.index.insert(name, inner);
+        for port in &mut self.draft.outputs {
+            if port.value == from {
+                port.value = inner;
+            }
+        }
+        self.node_making(
+            NodeSpec {
+                op: "Identity",
+                inputs: vec![Some(to)],
+                ..NodeSpec::default()
+            },
+            vec![Some(inner)],
+        );
+        Ok(())
+    }
+}
+
+/// The graph without nodes and weights that no output needs. Inputs stay: they are the contract with the caller.
+fn pruned(graph: Graph) -> Result<Graph, OnnxError> {
+    let mut needed: HashSet<ValueId> = graph.outputs.iter().map(|p| p.value).collect();
+    let mut kept: HashMap<NodeId, ()> = HashMap::new();
+    for (id, node) in graph.nodes().rev() {
+        if node.outputs.iter().flatten().any(|v| needed.contains(v)) {
+            needed.extend(node.reads());
+            kept.insert(id, ());
+        }
+    }
+    let mut graph = graph;
+    for (at, node) in graph.nodes.iter_mut().enumerate() {
+        if !kept.contains_key(&NodeId(at as u32)) {
+            *node = None;
+        }
+    }
+    graph.initializers.retain(|v, _| needed.contains(v));
+    graph.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::build::{diamond, model, read},
+        *,
+    };
+
+    fn ops(g: &Graph) -> Vec<String> {
+        g.nodes().map(|(_, n)| n.op.clone()).collect()
+    }
+
+    #[test]
+    fn an_empty_patch_changes_nothing() {
+        let m = diamond();
+        let g = Patch::new(&m.graph, "p").apply().unwrap();
+        assert_eq!(g.dump(), m.graph.dump());
+    }
+
+    #[test]
+    fn a_tap_adds_an_output_and_leaves_the_rest() {
+        let m = diamond();
+        let mut p = Patch::new(&m.graph, "p");
+        p.tap(m.graph.value("a").unwrap(), "seen").unwrap();
+        let g = p.apply().unwrap();
+        assert_eq!(g.outputs().len(), 2);
+        assert_eq!(g.name(g.outputs()[1].value), "seen");
+        assert_eq!(m.graph.outputs().len(), 1, "the base is as it was");
+    }
+
+    #[test]
+    fn a_tap_under_a_name_in_use_is_refused() {
+        let m = diamond();
+        let mut p = Patch::new(&m.graph, "p");
+        assert!(p.tap(m.graph.value("a").unwrap(), "b").is_err());
+    }
+
+    #[test]
+    fn an_intercept_stands_between_a_value_and_its_readers() {
+        let m = diamond();
+        let mut p = Patch::new(&m.graph, "p");
+        p.intercept(m.graph.value("a").unwrap(), |p, v| {
+            p.op("Neg", &[v], vec![])
+        });
+        let g = p.apply().unwrap();
+        let add = g.nodes().find(|(_, n)| n.op == "Add").unwrap().1;
+        let left = g.producer(add.input(0).unwrap()).unwrap();
+        assert_eq!(g.node(left).op, "Neg");
+        assert_eq!(ops(&g).len(), 4);
+    }
+
+    #[test]
+    fn an_intercepted_output_keeps_its_name() {
+        let m = diamond();
+        let mut p = Patch::new(&m.graph, "p");
+        p.intercept(m.graph.value("y").unwrap(), |p, v| {
+            p.op("Neg", &[v], vec![])
+        });
+        let g = p.apply().unwrap();
+        assert_eq!(g.name(g.outputs()[0].value), "y");
+        let identity = g.node(g.producer(g.outputs()[0].value).unwrap());
+        assert_eq!(identity.op, "Identity");
+        let neg = g.node(g.producer(identity.input(0).unwrap()).unwrap());
+        assert_eq!(neg.op, "Neg");
+    }
+
+    #[test]
+    fn early_exit_prunes_what_is_not_needed() {
+        let m = diamond();
+        let mut p = Patch::new(&m.graph, "p");
+        let a = m.graph.value("a").unwrap();
+        p.output(a);
+        p.keep_outputs(&[a]);
+        assert_eq!(ops(&p.apply().unwrap()), ["Relu"]);
+    }
+
+    #[test]
+    fn a_shunt_that_makes_a_cycle_is_refused() {
+        let m = read(&model(&["x"], "a = Relu x\nb = Tanh a\ny = Neg b", &["y"])).unwrap();
+        let mut p = Patch::new(&m.graph, "p");
+        p.shunt(m.graph.value("x").unwrap(), m.graph.value("b").unwrap());
+        assert!(p.apply().unwrap_err().to_string().contains("cycle"));
+    }
+}
