@@ -14,6 +14,7 @@ pub struct Flow<'g> {
     start: ValueId,
     output: ValueId,
     live: Vec<bool>,
+    foreign: Vec<bool>,
     towards: Vec<bool>,
     order: Vec<u32>,
     dominators: Tree,
@@ -69,15 +70,6 @@ fn carries_no_data(node: &Node) -> bool {
     node.is("Shape") || node.is("Size")
 }
 
-/// Inputs of a node, those that only its subgraphs read included.
-pub fn reads(node: &Node) -> impl Iterator<Item = ValueId> + '_ {
-    node.inputs
-        .iter()
-        .flatten()
-        .copied()
-        .chain(node.implicit.iter().copied())
-}
-
 impl<'g> Flow<'g> {
     /// The flow from `start` to `output`; nothing when no data flows there.
     pub fn new(graph: &'g Graph, start: ValueId, output: ValueId) -> Option<Self> {
@@ -89,7 +81,7 @@ impl<'g> Flow<'g> {
         for (at, (_, node)) in (1u32..).zip(graph.nodes()) {
             let mut parent: Option<ValueId> = None;
             if !carries_no_data(node) {
-                for v in reads(node).filter(|v| live[v.index()]) {
+                for v in node.reads().filter(|v| live[v.index()]) {
                     parent = Some(parent.map_or(v, |p| dominators.common(p, v)));
                 }
             }
@@ -112,6 +104,7 @@ impl<'g> Flow<'g> {
             start,
             output,
             live,
+            foreign: foreign(graph, values),
             towards,
             order,
             dominators,
@@ -127,6 +120,21 @@ impl<'g> Flow<'g> {
     /// Where the flow ends.
     pub fn output(&self) -> ValueId {
         self.output
+    }
+
+    /// How many values lie on the way.
+    pub fn size(&self) -> usize {
+        self.live
+            .iter()
+            .zip(&self.towards)
+            .filter(|(l, t)| **l && **t)
+            .count()
+    }
+
+    /// Whether a value that data of the start does not reach depends on data all the same: on another lookup or
+    /// floating-point input.
+    pub fn foreign(&self, value: ValueId) -> bool {
+        !self.live(value) && self.foreign[value.index()]
     }
 
     /// The graph underneath.
@@ -158,7 +166,7 @@ impl<'g> Flow<'g> {
         if carries_no_data(node) {
             return Vec::new();
         }
-        reads(node).filter(|v| self.live(*v)).collect()
+        node.reads().filter(|v| self.live(*v)).collect()
     }
 
     /// The live inputs of a node without repetition.
@@ -253,6 +261,26 @@ impl<'g> Flow<'g> {
     }
 }
 
+/// Values that data of any lookup or floating-point input reaches.
+fn foreign(graph: &Graph, values: usize) -> Vec<bool> {
+    let mut reached = vec![false; values];
+    for port in graph.inputs() {
+        reached[port.value.index()] = port.dtype().is_some_and(crate::tensor::DType::is_float)
+            && port.dims().is_some_and(|d| d.len() > 2);
+    }
+    for lookup in super::inputs::lookups(graph).iter().filter(|l| l.direct) {
+        reached[lookup.output.index()] = true;
+    }
+    for (_, node) in graph.nodes() {
+        if !carries_no_data(node) && node.reads().any(|v| reached[v.index()]) {
+            for output in node.outputs.iter().flatten() {
+                reached[output.index()] = true;
+            }
+        }
+    }
+    reached
+}
+
 fn backwards(
     graph: &Graph,
     live: &[bool],
@@ -282,7 +310,7 @@ fn backwards(
             }
         }
         let Some(leads) = leads else { continue };
-        for v in reads(node).filter(|v| live[v.index()]) {
+        for v in node.reads().filter(|v| live[v.index()]) {
             next[v.index()] = Some(next[v.index()].map_or(leads, |l| tree.common(l, leads)));
         }
     }

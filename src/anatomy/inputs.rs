@@ -9,13 +9,11 @@
 
 use std::collections::{HashMap, HashSet};
 
+use super::facts::InputRole;
 use crate::{
-    ipc::info::InputRole,
     onnx::{Dim, Graph, Node, NodeId, ValueId},
     tensor::DType,
 };
-
-use super::flow::reads;
 
 /// One input of the model.
 #[derive(Clone, Debug)]
@@ -53,8 +51,7 @@ pub(super) fn lookups(graph: &Graph) -> Vec<Lookup> {
     // For every value derived from exactly one integer input: the input, and whether directly.
     let mut from: HashMap<ValueId, (ValueId, bool)> = graph
         .inputs()
-        .iter()
-        .filter(|port| port.dtype.is_none_or(is_integer))
+        .filter(|port| port.dtype().is_none_or(is_integer))
         .map(|port| (port.value, (port.value, true)))
         .collect();
     let mut found = Vec::new();
@@ -62,7 +59,7 @@ pub(super) fn lookups(graph: &Graph) -> Vec<Lookup> {
         if node.is("Shape") || node.is("Size") {
             continue;
         }
-        let origins: Vec<(ValueId, bool)> = reads(node).filter_map(|v| from.get(&v).copied()).collect();
+        let origins: Vec<(ValueId, bool)> = node.reads().filter_map(|v| from.get(&v).copied()).collect();
         let Some((input, _)) = origins.first().copied() else {
             continue;
         };
@@ -127,7 +124,7 @@ fn constants(graph: &Graph) -> HashMap<ValueId, Vec<usize>> {
         .values()
         .filter_map(|v| {
             let shape = match graph.initializer(v) {
-                Some(i) => i.dims.clone(),
+                Some(i) => i.dims().to_vec(),
                 None => graph.constant(v)?.shape().to_vec(),
             };
             Some((v, shape))
@@ -154,7 +151,7 @@ fn constants(graph: &Graph) -> HashMap<ValueId, Vec<usize>> {
 pub(super) fn reach(graph: &Graph, value: ValueId) -> HashSet<ValueId> {
     let mut reached = HashSet::from([value]);
     for (_, node) in graph.nodes() {
-        if !node.is("Shape") && !node.is("Size") && reads(node).any(|v| reached.contains(&v)) {
+        if !node.is("Shape") && !node.is("Size") && node.reads().any(|v| reached.contains(&v)) {
             reached.extend(node.outputs.iter().flatten());
         }
     }
@@ -183,14 +180,12 @@ pub(super) fn roles(
             .map(|l| l.rows)
             .min()
     };
-    let mut inputs: Vec<InputTrace> = graph
+    let inputs: Vec<InputTrace> = graph
         .inputs()
-        .iter()
-        .filter(|port| graph.initializer(port.value).is_none())
         .map(|port| {
             let name = graph.name(port.value).to_owned();
-            let dtype = port.dtype.unwrap_or(DType::I64);
-            let dims = port.dims.clone().unwrap_or_default();
+            let dtype = port.dtype().unwrap_or(DType::I64);
+            let dims = port.dims().unwrap_or_default().to_vec();
             let mut rows = rows_of(port.value);
             let role = if tokens.is_some_and(|l| l.input == port.value) {
                 rows = tokens.map(|l| l.rows);
@@ -206,7 +201,7 @@ pub(super) fn roles(
             } else {
                 let reached = reach(graph, port.value);
                 let masks = softmaxes.iter().any(|n| {
-                    reads(graph.node(*n)).any(|v| reached.contains(&v))
+                    graph.node(*n).reads().any(|v| reached.contains(&v))
                 });
                 if masks && dims.len() >= 2 {
                     InputRole::AttentionMask
@@ -224,13 +219,6 @@ pub(super) fn roles(
             }
         })
         .collect();
-    // A decoder without rotation, embedding by position: an input of the same shape as the ids that is no mask was caught above.
-    inputs.sort_by_key(|i| {
-        graph
-            .inputs()
-            .iter()
-            .position(|port| port.value == i.value)
-    });
     inputs
 }
 
@@ -250,7 +238,7 @@ fn feeds_rotation(graph: &Graph, value: ValueId) -> bool {
     let reached = reach(graph, value);
     graph.nodes().any(|(_, node)| {
         (node.is("Cos") || node.is("Sin") || node.op == "RotaryEmbedding")
-            && reads(node).any(|v| reached.contains(&v))
+            && node.reads().any(|v| reached.contains(&v))
     })
 }
 
