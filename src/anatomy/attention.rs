@@ -22,7 +22,7 @@ use std::collections::{HashMap, VecDeque};
 
 use super::{
     flow::Flow,
-    ops::{is_copy, is_layout, is_projection, is_scale, is_shift, live_product},
+    ops::{is_copy, is_layout, is_projection, is_scale, is_shift, live_product, only_source, walk_back},
 };
 use crate::onnx::{Node, NodeId, ValueId};
 
@@ -151,7 +151,7 @@ pub fn attention(flow: &Flow<'_>, softmax: Softmax) -> Result<AttentionTrace, St
         product,
         pattern_left,
         value: if self_attention {
-            origins(flow, value)
+            operand_origins(flow, value)
         } else {
             vec![value]
         },
@@ -235,6 +235,26 @@ pub fn origins(flow: &Flow<'_>, value: ValueId) -> Vec<ValueId> {
         }
         chain.push(up);
         at = up;
+    }
+    chain
+}
+
+/// As [`origins`], but a projection's bias belongs to it: what lies behind the bias is left out.
+fn operand_origins(flow: &Flow<'_>, value: ValueId) -> Vec<ValueId> {
+    let mut chain = origins(flow, value);
+    let biased = chain.iter().position(|v| {
+        flow.maker(*v)
+            .filter(|(_, n)| is_shift(flow, n))
+            .and_then(|(_, n)| only_source(flow, n))
+            .is_some_and(|source| {
+                walk_back(flow, source, is_copy)
+                    .last()
+                    .and_then(|o| flow.maker(*o))
+                    .is_some_and(|(_, n)| is_projection(flow, n))
+            })
+    });
+    if let Some(at) = biased {
+        chain.truncate(at + 1);
     }
     chain
 }
@@ -335,8 +355,8 @@ fn score(flow: &Flow<'_>, softmax: Softmax) -> Result<ScoreTrace, String> {
         [] => Err("no product of queries and keys lies above the softmax".to_owned()),
         [one] => Ok(ScoreTrace {
             node: one.node,
-            left: origins(flow, one.left),
-            right: origins(flow, one.right),
+            left: operand_origins(flow, one.left),
+            right: operand_origins(flow, one.right),
             path: one.path.clone(),
             extra_terms,
         }),

@@ -13,6 +13,7 @@
 
 mod attention;
 mod blocks;
+pub mod certificate;
 pub mod facts;
 mod flow;
 mod hooks;
@@ -21,6 +22,8 @@ mod layers;
 mod layout;
 mod mlp;
 mod ops;
+mod picture;
+mod read;
 mod trace;
 mod trials;
 
@@ -31,5 +34,6 @@ pub use inputs::InputTrace;
 pub use layers::LayerTrace;
 pub use layout::{Extent, Layout, Step, Target};
 pub use mlp::MlpTrace;
+pub use read::read;
 pub use trace::{Trace, trace};
 pub use trials::{TrialPlan, TrialRun, Trials, trial_plans};

@@ -4,7 +4,7 @@
 //! live input is a bias, a `Mul` with one a scale, a `MatMul` with one a product with weights.
 
 use super::flow::Flow;
-use crate::onnx::{Node, ValueId};
+use crate::onnx::{Graph, Node, ValueId};
 
 const RUNTIME_DOMAIN: &str = "com.microsoft";
 
@@ -177,4 +177,14 @@ pub fn walk_back(
         at = source;
     }
     walked
+}
+
+/// A product or sum with a vector: the weight or bias of a norm, and not a scale of everything.
+pub fn is_vector_step(graph: &Graph, node: &Node) -> bool {
+    named(node, &["Mul", "Add", "Sub", "Div"])
+        && !node.inputs.iter().flatten().any(|v| {
+            graph
+                .constant(*v)
+                .is_some_and(|c| c.elements() == 1)
+        })
 }

@@ -9,6 +9,7 @@ use super::{
     flow::Flow,
     inputs::{InputTrace, Lookup, calls_itself, lookups, roles},
     layers::{LayerTrace, layers},
+    ops::is_projection,
 };
 use crate::onnx::{Graph, Model, ValueId};
 
@@ -24,6 +25,8 @@ pub struct Trace {
     pub inputs: Vec<InputTrace>,
     /// Where data begins: the token embedding, or the floating-point input itself.
     pub start: Option<ValueId>,
+    /// The first representation of the input: the token embedding, or the first product with weights.
+    pub embed: Option<ValueId>,
     /// Rows of the token table.
     pub vocabulary: Option<usize>,
     /// The output that everything leads to.
@@ -53,6 +56,7 @@ pub fn trace(model: &Model) -> Trace {
         return Trace {
             inputs: roles(graph, None, None, &[]),
             start: None,
+            embed: None,
             vocabulary: None,
             output: None,
             chain: Vec::new(),
@@ -82,6 +86,7 @@ pub fn trace(model: &Model) -> Trace {
             &found.iter().map(|s| s.node).collect::<Vec<_>>(),
         ),
         start: Some(start),
+        embed: embed(&flow, lookup.is_some(), layers.first()),
         vocabulary: lookup.map(|l| l.rows),
         output: Some(flow.output()),
         chain: flow.chain(),
@@ -95,6 +100,15 @@ pub fn trace(model: &Model) -> Trace {
     };
     trace.observe = observe(graph, &flow, &trace);
     trace
+}
+
+fn embed(flow: &Flow<'_>, ids: bool, first: Option<&LayerTrace>) -> Option<ValueId> {
+    if ids {
+        return Some(flow.start());
+    }
+    flow.chain_to(first?.start)
+        .into_iter()
+        .find(|v| flow.maker(*v).is_some_and(|(_, n)| is_projection(flow, n)))
 }
 
 fn sort_out(flow: &Flow<'_>, found: &[Softmax]) -> (Vec<AttentionTrace>, Vec<Rejected>) {
