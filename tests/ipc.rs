@@ -53,7 +53,7 @@ fn start(budget: usize) -> Connection {
             }
         }
     });
-    Connection::new(front, 1 << 24).unwrap()
+    Connection::new(front, budget).unwrap()
 }
 
 async fn double(connection: &Connection, bytes: &[u8]) -> Vec<u8> {
@@ -78,7 +78,7 @@ async fn double(connection: &Connection, bytes: &[u8]) -> Vec<u8> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_runs_at_once_each_get_their_own_answer_and_segments_are_reused() {
-    let connection = start(1 << 24);
+    let connection = start(1 << 26);
     let runs = (0..400u32).map(|i| {
         let connection = connection.clone();
         tokio::spawn(async move {
