@@ -1,5 +1,5 @@
 """What teacher and student share: batches, evaluation, export."""
-import json, pathlib, shutil
+import pathlib
 import numpy as np
 import torch
 
@@ -63,24 +63,24 @@ def export(model, tokenizer, folder: pathlib.Path, output: str):
     import onnxruntime as ort
 
     folder.mkdir(parents=True, exist_ok=True)
-    model = model.eval()
-    ids = torch.randint(5, model.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
+    model = Logits(model).eval()  # the wrapper too: the exporter puts back the mode that it finds there
+    ids = torch.randint(5, model.model.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
     dynamic = {0: "batch", 1: "sequence"}
     torch.onnx.export(
-        Logits(model), (ids, mask), folder / "model.onnx", input_names=["input_ids", "attention_mask"], output_names=[output],
+        model, (ids, mask), folder / "model.onnx", input_names=["input_ids", "attention_mask"], output_names=[output],
         dynamic_axes={"input_ids": dynamic, "attention_mask": dynamic, output: {0: "batch"} if output == "logits" else dynamic}, opset_version=17, dynamo=False,
     )
-    model.config.architectures = [type(model).__name__]
-    model.config.to_json_file(folder / "config.json")
+    model.model.config.architectures = [type(model.model).__name__]
+    model.model.config.to_json_file(folder / "config.json")
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     session = ort.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
     got = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0]
     with torch.no_grad():
-        want = Logits(model)(ids, mask).numpy()
+        want = model(ids, mask).numpy()
     error = float(np.abs(got - want).max())
     print(f"{folder}: {(folder / 'model.onnx').stat().st_size} bytes, largest difference from PyTorch {error:.1e}")
     assert error < 1e-4

@@ -2,7 +2,7 @@
 
 usage: python teacher.py OUT_DIR [CACHE_DIR]
 
-Writes OUT_DIR/{model.onnx, config.json, tokenizer.json} (plain export), OUT_DIR/torch (for the student) and OUT_DIR/metrics.json.
+Writes OUT_DIR/{model.onnx, config.json, tokenizer.json} (a plain export) and OUT_DIR/metrics.json.
 """
 import importlib.util, json, pathlib, sys, time
 import numpy as np
@@ -52,8 +52,6 @@ def main():
     metrics = {"seed": SEED, "epochs": EPOCHS, "validation": validation, "test": common.scores(common.logits_of(model, encoded["test"]), part["test"])}
     print(metrics["test"])
     common.export(model, tokenizer, out, "logits")
-    model.save_pretrained(out / "torch")
-    tokenizer.save(str(out / "torch" / "tokenizer.json"))
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
 
 

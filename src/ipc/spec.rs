@@ -1,0 +1,193 @@
+//! What the front asks of a worker: how to load a model, and which variant of its graph to run.
+//!
+//! Plain data, serialised as JSON inside the worker's frames. A [`VariantSpec`] is canonical: two requests
+//! that need the same graph have equal specs, so that the spec is the key of the cache of sessions.
+
+use std::{collections::BTreeSet, fmt, path::PathBuf, str::FromStr};
+
+use serde::{Deserialize, Serialize};
+
+/// Prefix of a hook-point name that means the value of that name in the ONNX graph.
+pub const VALUE_PREFIX: &str = "value:";
+
+/// One variant of a model's graph.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VariantSpec {
+    /// Which graph the variant starts from.
+    pub plan: Plan,
+    /// Canonical hook-point names, or `value:NAME` for any value of the graph. Empty for [`Plan::Plain`].
+    #[serde(default)]
+    pub expose: BTreeSet<String>,
+    /// Whether the model's own outputs are computed too. `false` lets the runtime stop at the last exposed
+    /// value (early exit).
+    pub keep_outputs: bool,
+}
+
+/// Which graph a variant starts from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Plan {
+    /// The model file as it stands, fused nodes included; its own outputs.
+    Plain,
+    /// The unfused graph, rewritten.
+    Rewritten,
+}
+
+impl VariantSpec {
+    /// The untouched model: what a plain predict runs.
+    pub fn plain() -> Self {
+        Self {
+            plan: Plan::Plain,
+            expose: BTreeSet::new(),
+            keep_outputs: true,
+        }
+    }
+
+    /// The model with these hook points exposed beside its own outputs.
+    pub fn exposing<S: Into<String>>(hooks: impl IntoIterator<Item = S>) -> Self {
+        Self {
+            plan: Plan::Rewritten,
+            expose: hooks.into_iter().map(Into::into).collect(),
+            keep_outputs: true,
+        }
+    }
+}
+
+/// Where a model's kernels run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub enum Provider {
+    /// ONNX Runtime's CPU provider.
+    #[default]
+    Cpu,
+    /// The CUDA provider on the device of this number.
+    Cuda(u32),
+}
+
+impl fmt::Display for Provider {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Provider::Cpu => f.write_str("cpu"),
+            Provider::Cuda(device) => write!(f, "cuda:{device}"),
+        }
+    }
+}
+
+/// The text names no provider.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("unknown provider {0:?}: use \"cpu\", \"cuda\" or \"cuda:N\"")]
+pub struct UnknownProvider(String);
+
+impl FromStr for Provider {
+    type Err = UnknownProvider;
+
+    fn from_str(text: &str) -> Result<Self, UnknownProvider> {
+        match text.split_once(':') {
+            None if text == "cpu" => Ok(Provider::Cpu),
+            None if text == "cuda" => Ok(Provider::Cuda(0)),
+            Some(("cuda", device)) => device
+                .parse()
+                .map(Provider::Cuda)
+                .map_err(|_| UnknownProvider(text.to_owned())),
+            None | Some(_) => Err(UnknownProvider(text.to_owned())),
+        }
+    }
+}
+
+impl TryFrom<String> for Provider {
+    type Error = UnknownProvider;
+
+    fn try_from(text: String) -> Result<Self, UnknownProvider> {
+        text.parse()
+    }
+}
+
+impl From<Provider> for String {
+    fn from(provider: Provider) -> Self {
+        provider.to_string()
+    }
+}
+
+/// How a worker loads its model, and what it may spend.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LoadOptions {
+    /// Execution provider. What cannot be loaded is an error: there is no silent fall-back.
+    pub provider: Provider,
+    /// Threads of a run; 0 takes every core that the process may use.
+    pub intra_threads: usize,
+    /// Keep ONNX Runtime's CPU memory arena: about 5 % faster, and never gives a large request's memory back.
+    pub arena: bool,
+    /// Cap of the worker's private memory in bytes (`RLIMIT_DATA`), if any.
+    pub memory_limit_bytes: Option<u64>,
+    /// The ONNX Runtime library to load, in place of the search.
+    pub library: Option<PathBuf>,
+    /// Folder that links in the model's folder may lead to, as the hub's cache lays snapshots out. The model's folder
+    /// must stand inside. Without it, links are refused.
+    pub repository: Option<PathBuf>,
+    /// Token limit of a text, when lower than the model's own.
+    pub max_tokens: Option<usize>,
+    /// Largest text in bytes that is tokenised.
+    pub max_text_bytes: usize,
+    /// Largest model in bytes, external data included.
+    pub max_model_bytes: u64,
+    /// Largest sum in bytes of what one run brings back.
+    pub max_run_bytes: u64,
+    /// Check the anatomy by running the model, and report the certificate. Without it the hook points are unverified.
+    pub certify: bool,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self {
+            provider: Provider::Cpu,
+            intra_threads: 0,
+            arena: false,
+            memory_limit_bytes: None,
+            library: None,
+            repository: None,
+            max_tokens: None,
+            max_text_bytes: 256 << 10,
+            max_model_bytes: 64 << 30,
+            max_run_bytes: 2 << 30,
+            certify: true,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn specs_that_need_the_same_graph_are_equal() {
+        let a = VariantSpec::exposing(["attentions.0", "hidden_states.1"]);
+        let b = VariantSpec::exposing(["hidden_states.1", "attentions.0", "attentions.0"]);
+        assert_eq!(a, b);
+        let json = serde_json::to_string(&a).unwrap();
+        assert_eq!(serde_json::from_str::<VariantSpec>(&json).unwrap(), b);
+    }
+
+    #[test]
+    fn providers_come_back_from_their_names() {
+        for p in [Provider::Cpu, Provider::Cuda(0), Provider::Cuda(7)] {
+            assert_eq!(p.to_string().parse(), Ok(p));
+        }
+        assert_eq!("cuda".parse(), Ok(Provider::Cuda(0)));
+        for bad in ["", "CPU", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "rocm"] {
+            assert!(bad.parse::<Provider>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn options_left_out_take_their_defaults_and_unknown_ones_are_refused() {
+        let options: LoadOptions = serde_json::from_str(r#"{"provider":"cuda:1"}"#).unwrap();
+        assert_eq!(options.provider, Provider::Cuda(1));
+        assert_eq!(
+            options.max_text_bytes,
+            LoadOptions::default().max_text_bytes
+        );
+        assert!(serde_json::from_str::<LoadOptions>(r#"{"areena":true}"#).is_err());
+    }
+}
