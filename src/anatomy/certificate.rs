@@ -3,8 +3,7 @@
 //! Each is a pure function over tensors of trial runs. Those on structure ([`ROWS`], [`MIX`], the residual sums) are made
 //! while the anatomy is read; [`same_logits`] compares what an exposed variant gives with what the file gives.
 
-use super::facts::Check;
-use crate::tensor::Tensor;
+use crate::{ipc::info::Check, tensor::Tensor};
 
 /// Rows of a pattern sum to one where anything may be seen.
 pub const ROWS: &str = "pattern rows sum to one";

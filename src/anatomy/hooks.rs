@@ -4,11 +4,11 @@
 //! TransformerLens's short forms (`resid_post.10`, `pattern.3`). `value:NAME` is any value of the file.
 
 use super::{
-    facts::{Axis, Check, Dims, Missing, Task},
     inputs::InputTrace,
     layout::Layout,
 };
 use crate::{
+    ipc::info::{Axis, Check, Dims, Missing, Task},
     onnx::{Model, ValueId},
     tensor::DType,
 };

@@ -9,8 +9,8 @@
 
 use std::collections::{HashMap, HashSet};
 
-use super::facts::InputRole;
 use crate::{
+    ipc::info::{Axis, InputRole},
     onnx::{Dim, Graph, Node, NodeId, ValueId},
     tensor::DType,
 };
@@ -30,6 +30,27 @@ pub struct InputTrace {
     pub role: InputRole,
     /// Rows of the table that it selects from, for ids.
     pub rows: Option<usize>,
+    /// Keys or values of earlier tokens, which may be empty: none of our runs has earlier tokens.
+    pub past: bool,
+}
+
+impl InputTrace {
+    /// What its axes mean, where the role tells: `batch, pos` for everything that has a place per token.
+    pub fn axes(&self) -> Vec<Axis> {
+        match (self.role, self.dims.len()) {
+            (
+                InputRole::TokenIds
+                | InputRole::AttentionMask
+                | InputRole::TypeIds
+                | InputRole::PositionIds,
+                2,
+            ) => vec![Axis::Batch, Axis::Pos],
+            (InputRole::Pixels, rank) if rank > 0 => std::iter::once(Axis::Batch)
+                .chain((1..rank).map(|i| Axis::Other(format!("axis{i}"))))
+                .collect(),
+            _ => Vec::new(),
+        }
+    }
 }
 
 /// A lookup of an embedding table by an input.
@@ -187,13 +208,14 @@ pub(super) fn roles(
             let dtype = port.dtype().unwrap_or(DType::I64);
             let dims = port.dims().unwrap_or_default().to_vec();
             let mut rows = rows_of(port.value);
+            let past = joins_keys(graph, port.value, &dims, dtype);
             let role = if tokens.is_some_and(|l| l.input == port.value) {
                 rows = tokens.map(|l| l.rows);
                 InputRole::TokenIds
             } else if start == Some(port.value) {
                 InputRole::Pixels
-            } else if joins_keys(graph, port.value, &dims, dtype) {
-                InputRole::Past
+            } else if past {
+                InputRole::Other
             } else if rows.is_some() {
                 selected(&name, rows)
             } else if feeds_rotation(graph, port.value) && is_integer(dtype) {
@@ -216,6 +238,7 @@ pub(super) fn roles(
                 dims,
                 role,
                 rows,
+                past,
             }
         })
         .collect();

@@ -14,7 +14,6 @@
 mod attention;
 mod blocks;
 pub mod certificate;
-pub mod facts;
 mod flow;
 mod hooks;
 mod inputs;

@@ -2,8 +2,8 @@
 
 use std::fmt::Write as _;
 
-use super::{facts::Axis, hooks::Anatomy, trace::Trace};
-use crate::onnx::Model;
+use super::{hooks::Anatomy, trace::Trace};
+use crate::{ipc::info::Axis, onnx::Model};
 
 /// One line per part of the model, values by their names in the file.
 pub(super) fn picture(model: &Model, trace: &Trace, anatomy: &Anatomy) -> String {
@@ -18,8 +18,8 @@ pub(super) fn picture(model: &Model, trace: &Trace, anatomy: &Anatomy) -> String
                     .iter()
                     .zip(&h.dims)
                     .map(|(axis, dim)| match dim {
-                        Some(n) if *axis != Axis::Batch => format!("{}={n}", axis_name(axis)),
-                        _ => axis_name(axis),
+                        Some(n) if *axis != Axis::Batch => format!("{}={n}", axis.name()),
+                        _ => axis.name().to_owned(),
                     })
                     .collect();
                 format!("[{}]  {}", axes.join(", "), graph.name(h.value))
@@ -56,23 +56,4 @@ pub(super) fn picture(model: &Model, trace: &Trace, anatomy: &Anatomy) -> String
         let _ = writeln!(text, "missing {}: {}", m.hook, m.reason);
     }
     text
-}
-
-/// The name of an axis as it appears on the wire.
-pub fn axis_name(axis: &Axis) -> String {
-    match axis {
-        Axis::Batch => "batch",
-        Axis::Pos => "pos",
-        Axis::Query => "query",
-        Axis::Key => "key",
-        Axis::Head => "head",
-        Axis::KvHead => "kv_head",
-        Axis::DModel => "d_model",
-        Axis::DHead => "d_head",
-        Axis::DMlp => "d_mlp",
-        Axis::Vocab => "d_vocab",
-        Axis::Label => "label",
-        Axis::Other(name) => name,
-    }
-    .to_owned()
 }

@@ -8,11 +8,11 @@
 use std::collections::BTreeMap;
 
 use super::{
-    facts::InputRole,
     inputs::{InputTrace, is_integer},
     trace::Trace,
 };
 use crate::{
+    ipc::info::InputRole,
     onnx::{Dim, ValueId},
     tensor::{DType, Tensor},
 };
@@ -203,7 +203,7 @@ fn shape(trace: &Trace, input: &InputTrace, batch: usize, length: usize) -> Vec<
             Dim::Fixed(n) => usize::try_from(*n).unwrap_or(1),
             Dim::Named(_) | Dim::Unknown => match (input.role, axis) {
                 (_, 0) => batch,
-                (InputRole::Past, _) => 0,
+                _ if input.past => 0,
                 // Channels of pictures.
                 (InputRole::Pixels, 1) if rank == 4 => 3,
                 _ => named(dim).unwrap_or(length),
@@ -233,7 +233,7 @@ fn fill(input: &InputTrace, run: usize, shape: &[usize]) -> Tensor {
             let width = shape.last().copied().unwrap_or(1).max(1);
             (0..count).map(|i| (i % width) as f64).collect()
         }
-        InputRole::Pixels | InputRole::Past => (0..count).map(|_| random.normal()).collect(),
+        InputRole::Pixels => (0..count).map(|_| random.normal()).collect(),
         InputRole::Other if is_integer(input.dtype) => vec![1.0; count],
         InputRole::Other => (0..count).map(|_| 1.0).collect(),
     };

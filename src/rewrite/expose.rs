@@ -3,7 +3,8 @@
 use std::collections::BTreeSet;
 
 use crate::{
-    anatomy::{Anatomy, Extent, HookError, HookPoint, InputTrace, Layout, Step, facts::{Axis, InputRole}},
+    anatomy::{Anatomy, Extent, HookError, HookPoint, InputTrace, Layout, Step},
+    ipc::info::{Axis, InputRole},
     onnx::{Attribute, Model, OnnxError, Patch, ValueId},
     tensor::{DType, Tensor},
 };

@@ -8,11 +8,11 @@ use super::{
 };
 use crate::{
     anatomy::{
-        facts::{Axis, Dims, InputRole, Task},
         hooks::{HookPoint, OutputFact},
         layout::Layout,
         trials::Trials,
     },
+    ipc::info::{Axis, Dims, InputRole, Task},
     onnx::ValueId,
     tensor::DType,
 };
@@ -94,7 +94,7 @@ fn axes(
 /// What the model is for, by its main output.
 pub(super) fn task(lab: &Lab<'_>, outputs: &[OutputFact], dims: &Dims, causal: bool) -> Task {
     let Some(main) = main(lab, outputs) else {
-        return Task::Other;
+        return Task::Unknown;
     };
     let pictures = lab
         .trace
@@ -113,7 +113,7 @@ pub(super) fn task(lab: &Lab<'_>, outputs: &[OutputFact], dims: &Dims, causal: b
         [Axis::Batch, Axis::Pos, Axis::Label] => Task::TokenClassification,
         [Axis::Batch, Axis::Label | Axis::Vocab] if pictures => Task::ImageClassification,
         [Axis::Batch, Axis::Label | Axis::Vocab] => Task::SequenceClassification,
-        _ => Task::Other,
+        _ => Task::Unknown,
     }
 }
 

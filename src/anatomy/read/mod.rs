@@ -16,14 +16,16 @@ use stream::{Streamed, norm_along, stream, sum_error};
 
 use super::{
     certificate,
-    facts::{Axis, Check, Dims, InputRole, Missing},
     hooks::{Anatomy, HookPoint},
     layers::LayerTrace,
     picture,
     trace::Trace,
     trials::Trials,
 };
-use crate::onnx::{Model, ValueId};
+use crate::{
+    ipc::info::{Axis, Check, Dims, InputRole, Missing},
+    onnx::{Model, ValueId},
+};
 
 /// Reads the anatomy of a model off its structure and its trials.
 pub fn read(model: &Model, trace: &Trace, trials: &Trials) -> Anatomy {
@@ -39,7 +41,7 @@ pub fn read(model: &Model, trace: &Trace, trials: &Trials) -> Anatomy {
         .collect();
     let mut found = Found::default();
     let mut dims = Dims {
-        layers: (!trace.layers.is_empty()).then_some(trace.layers.len()),
+        layers: trace.layers.len(),
         vocab: trace.vocabulary,
         ..Dims::default()
     };

@@ -5,10 +5,10 @@ use ndarray::{ArrayD, Axis as Nd};
 use super::lab::{Lab, Placed, batch_target, difference, fixed, target};
 use crate::{
     anatomy::{
-        facts::Axis,
         layout::Layout,
         ops::{is_pass, is_vector_step},
     },
+    ipc::info::Axis,
     onnx::ValueId,
 };
 
