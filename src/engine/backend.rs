@@ -3,6 +3,8 @@
 //! The one implementation that ships is [`super::worker::Worker`], a child process; tests of the scheduler bring their own, which never
 //! leaves the process and whose clock they hold.
 
+use std::{path::Path, sync::Arc};
+
 use futures::future::BoxFuture;
 
 use super::{
@@ -10,7 +12,10 @@ use super::{
     request::{Encoding, TextInput, TokenizeOptions},
 };
 use crate::{
-    ipc::{info::ValueInfo, spec::VariantSpec},
+    ipc::{
+        info::{ModelInfo, ValueInfo},
+        spec::VariantSpec,
+    },
     tensor::Tensor,
 };
 
@@ -137,4 +142,44 @@ pub trait Backend: Send + Sync + 'static {
     fn dump(&self) -> BoxFuture<'static, Result<String, Fault>>;
     /// Ends the worker now; everything under way ends with [`Fault::Died`].
     fn kill(&self, cause: &str);
+    /// Comes when the worker is gone, with the cause.
+    fn died(&self) -> BoxFuture<'static, String>;
+    /// Memory that the worker takes, as it last said.
+    fn resident_bytes(&self) -> u64;
+    /// Number of the worker's process, while there is one.
+    fn pid(&self) -> Option<u32>;
+}
+
+/// Makes workers.
+pub trait Launcher: Send + Sync + 'static {
+    /// Starts a worker and has it load the model of a folder. Dropped before it is ready, nothing is left of it.
+    fn launch(
+        &self,
+        folder: &Path,
+    ) -> BoxFuture<'static, Result<(Arc<dyn Backend>, ModelInfo), LoadError>>;
+}
+
+/// Why a load failed. The text is for people; no host paths.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LoadError {
+    /// The worker could not be started.
+    #[error("the worker could not be started: {0}")]
+    Start(String),
+    /// The worker refused the model.
+    #[error("{message}")]
+    Refused {
+        /// Kind of no.
+        kind: Refusal,
+        /// Why.
+        message: String,
+    },
+    /// The worker died while loading.
+    #[error("the runtime crashed while loading ({cause})")]
+    Crashed {
+        /// `SIGSEGV`, `exit code 3`.
+        cause: String,
+    },
+    /// The clock ran out.
+    #[error("loading was given up: {0}")]
+    TimedOut(String),
 }

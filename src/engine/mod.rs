@@ -43,6 +43,7 @@ use std::{
     time::Instant,
 };
 
+pub use backend::{Launcher, LoadError};
 pub use config::EngineConfig;
 pub use error::EngineError;
 pub use generation::{Generation, Loaded};
@@ -53,7 +54,7 @@ pub use request::{
 };
 pub use stream::RowStream;
 pub use ticket::Outcome;
-pub use worker::{LoadError, Worker, WorkerCommand};
+pub use worker::{ProcessLauncher, Worker, WorkerCommand};
 
 use admission::Budget;
 use scheduler::Scheduler;

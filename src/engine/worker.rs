@@ -27,7 +27,7 @@ use tokio::{
 };
 
 use super::{
-    backend::{Backend, BuiltVariant, Fault, Order, Ran, Refusal, Started},
+    backend::{Backend, BuiltVariant, Fault, Launcher, LoadError, Order, Ran, Refusal, Started},
     config::EngineConfig,
     request::{Encoding, TextInput, TokenizeOptions},
 };
@@ -90,31 +90,6 @@ impl WorkerCommand {
             env: Vec::new(),
         }
     }
-}
-
-/// Why a load failed. The text is for people; no host paths.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum LoadError {
-    /// The worker could not be started.
-    #[error("the worker could not be started: {0}")]
-    Start(String),
-    /// The worker refused the model.
-    #[error("{message}")]
-    Refused {
-        /// Kind of no.
-        kind: Refusal,
-        /// Why.
-        message: String,
-    },
-    /// The worker died while loading.
-    #[error("the runtime crashed while loading ({cause})")]
-    Crashed {
-        /// `SIGSEGV`, `exit code 3`.
-        cause: String,
-    },
-    /// The clock ran out.
-    #[error("loading was given up: {0}")]
-    TimedOut(String),
 }
 
 /// See the module. Dropped, it ends the process.
@@ -250,21 +225,6 @@ impl Worker {
             }),
             Err(Fault::Died { cause }) => Err(LoadError::Crashed { cause }),
         }
-    }
-
-    /// Comes when the process is gone, with the cause.
-    pub async fn died(&self) -> String {
-        self.death.died().await
-    }
-
-    /// Number of the process while it lives.
-    pub fn pid(&self) -> Option<u32> {
-        self.pid.filter(|_| self.death.cause.borrow().is_none())
-    }
-
-    /// Resident bytes at the last heartbeat.
-    pub fn resident_bytes(&self) -> u64 {
-        self.connection.resident_bytes()
     }
 
     fn call(
@@ -563,6 +523,44 @@ impl Backend for Worker {
         // A second reason changes nothing.
         let _ = self.death.wanted.set(cause.to_owned());
         self.death.kill.notify_one();
+    }
+
+    fn died(&self) -> BoxFuture<'static, String> {
+        let death = self.death.clone();
+        Box::pin(async move { death.died().await })
+    }
+
+    fn resident_bytes(&self) -> u64 {
+        self.connection.resident_bytes()
+    }
+
+    fn pid(&self) -> Option<u32> {
+        self.pid.filter(|_| self.death.cause.borrow().is_none())
+    }
+}
+
+/// Makes worker processes.
+#[derive(Clone, Debug)]
+pub struct ProcessLauncher {
+    /// How to start one.
+    pub command: WorkerCommand,
+    /// What it is told.
+    pub options: LoadOptions,
+    /// Clocks and budgets.
+    pub config: EngineConfig,
+}
+
+impl Launcher for ProcessLauncher {
+    fn launch(
+        &self,
+        folder: &Path,
+    ) -> BoxFuture<'static, Result<(Arc<dyn Backend>, ModelInfo), LoadError>> {
+        let (this, folder) = (self.clone(), folder.to_owned());
+        Box::pin(async move {
+            let (worker, info) =
+                Worker::spawn(&this.command, &folder, &this.options, &this.config).await?;
+            Ok((worker as Arc<dyn Backend>, info))
+        })
     }
 }
 
