@@ -150,6 +150,12 @@ pub trait Backend: Send + Sync + 'static {
     fn pid(&self) -> Option<u32>;
 }
 
+impl std::fmt::Debug for dyn Backend {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Backend({:?})", self.pid())
+    }
+}
+
 /// Makes workers.
 pub trait Launcher: Send + Sync + 'static {
     /// Starts a worker and has it load the model of a folder. Dropped before it is ready, nothing is left of it.
