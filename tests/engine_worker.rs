@@ -3,6 +3,8 @@
 //! The process is this test's own executable, which plays the worker when [`ROLE`] is set (see [`worker_process`]). What it is told to do
 //! stands in the name of the model's folder and in the token ids of a run.
 
+#![allow(clippy::wildcard_enum_match_arm)] // a test names what it expects; anything else is a failure
+
 use std::{
     os::{fd::AsFd, unix::net::UnixStream},
     path::{Path, PathBuf},
@@ -15,10 +17,9 @@ use introspectd::{
     engine::{
         Ctx, Engine, EngineConfig, EngineError, Job, Lane, Launcher, LoadError, Loaded,
         ModelHandle, NamedTensor, PickSpec, ProcessLauncher, RowGroup, WorkerCommand,
-        backend::Backend,
+        backend::{Backend, Launched},
     },
     ipc::{
-        info::ModelInfo,
         spec::{LoadOptions, VariantSpec},
         wire::{self, command, event},
         worker_side,
@@ -211,7 +212,7 @@ fn launcher() -> ProcessLauncher {
     }
 }
 
-async fn launch(folder: &str) -> Result<(Arc<dyn Backend>, ModelInfo), LoadError> {
+async fn launch(folder: &str) -> Result<Launched, LoadError> {
     launcher()
         .launch(&PathBuf::from("/models").join(folder))
         .await
@@ -487,10 +488,7 @@ struct Recording {
 }
 
 impl Launcher for Recording {
-    fn launch(
-        &self,
-        folder: &Path,
-    ) -> BoxFuture<'static, Result<(Arc<dyn Backend>, ModelInfo), LoadError>> {
+    fn launch(&self, folder: &Path) -> BoxFuture<'static, Result<Launched, LoadError>> {
         let (launch, pids) = (self.launcher.launch(folder), self.pids.clone());
         Box::pin(async move {
             let (backend, info) = launch.await?;

@@ -156,13 +156,13 @@ impl std::fmt::Debug for dyn Backend {
     }
 }
 
+/// A worker, and what it says of the model that it loaded.
+pub type Launched = (Arc<dyn Backend>, ModelInfo);
+
 /// Makes workers.
 pub trait Launcher: Send + Sync + 'static {
     /// Starts a worker and has it load the model of a folder. Dropped before it is ready, nothing is left of it.
-    fn launch(
-        &self,
-        folder: &Path,
-    ) -> BoxFuture<'static, Result<(Arc<dyn Backend>, ModelInfo), LoadError>>;
+    fn launch(&self, folder: &Path) -> BoxFuture<'static, Result<Launched, LoadError>>;
 }
 
 /// Why a load failed. The text is for people; no host paths.

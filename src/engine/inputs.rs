@@ -518,3 +518,7 @@ fn encode(value: i64, dtype: DType) -> Option<[u8; 8]> {
     }
     Some(bytes)
 }
+
+#[cfg(test)]
+#[path = "inputs_tests.rs"]
+mod tests;

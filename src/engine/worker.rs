@@ -27,7 +27,9 @@ use tokio::{
 };
 
 use super::{
-    backend::{Backend, BuiltVariant, Fault, Launcher, LoadError, Order, Ran, Refusal, Started},
+    backend::{
+        Backend, BuiltVariant, Fault, Launched, Launcher, LoadError, Order, Ran, Refusal, Started,
+    },
     config::EngineConfig,
     request::{Encoding, TextInput, TokenizeOptions},
 };
@@ -551,10 +553,7 @@ pub struct ProcessLauncher {
 }
 
 impl Launcher for ProcessLauncher {
-    fn launch(
-        &self,
-        folder: &Path,
-    ) -> BoxFuture<'static, Result<(Arc<dyn Backend>, ModelInfo), LoadError>> {
+    fn launch(&self, folder: &Path) -> BoxFuture<'static, Result<Launched, LoadError>> {
         let (this, folder) = (self.clone(), folder.to_owned());
         Box::pin(async move {
             let (worker, info) =

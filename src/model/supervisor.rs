@@ -430,11 +430,12 @@ async fn load(
             backend: backend.clone(),
         })
         .await
-        .map_err(|error| match error {
-            EngineError::WorkerDied { cause, .. } => {
+        .map_err(|error| {
+            if let EngineError::WorkerDied { cause, .. } = error {
                 failure(LoadError::Crashed { cause }, found.identity)
+            } else {
+                Failure::lasting(error)
             }
-            other => Failure::lasting(other),
         })?;
     ended.keep();
     Ok((generation, backend))

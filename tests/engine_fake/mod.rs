@@ -18,7 +18,9 @@ use futures::future::BoxFuture;
 use introspectd::{
     engine::{
         Encoding, Engine, EngineConfig, LoadError, Loaded, ModelHandle, TextInput, TokenizeOptions,
-        backend::{Backend, BuiltVariant, Fault, Launcher, Order, Pick, Ran, Refusal, Started},
+        backend::{
+            Backend, BuiltVariant, Fault, Launched, Launcher, Order, Pick, Ran, Refusal, Started,
+        },
     },
     ipc::{
         info::{Axis, Certificate, Dims, InputInfo, InputRole, ModelInfo, Task, ValueInfo},
@@ -409,10 +411,7 @@ impl Drop for Unless {
 }
 
 impl Launcher for FakeLauncher {
-    fn launch(
-        &self,
-        _folder: &Path,
-    ) -> BoxFuture<'static, Result<(Arc<dyn Backend>, ModelInfo), LoadError>> {
+    fn launch(&self, _folder: &Path) -> BoxFuture<'static, Result<Launched, LoadError>> {
         self.launches.fetch_add(1, Ordering::Relaxed);
         let next = self.next.lock().unwrap().clone();
         let worker = FakeWorker::new(Duration::from_millis(10));
