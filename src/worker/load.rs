@@ -9,11 +9,13 @@ use std::{
 use ort::session::{RunOptions, Session};
 
 use super::{
-    certificate,
     config::ModelConfig,
+    limits,
+    run::RunLimit,
     runtime::{Runtime, RuntimeError},
     session::{Bench, Effort, run},
-    tokenizer::Tokenizer,
+    tokenizer::{Bounds, Tokenizer},
+    variants::Built,
     weights::SharedWeights,
 };
 use crate::{
@@ -29,6 +31,9 @@ use crate::{
     onnx::{Dim, Folder, Limits, Model, OnnxError},
     rewrite::{self, Exposure},
 };
+
+/// Most tokens of a text for a model that does not say.
+const UNKNOWN_MAX_TOKENS: usize = 512;
 
 /// Why a model or a variant is not there.
 #[derive(Debug)]
@@ -66,6 +71,7 @@ pub(super) struct Loaded {
     pub(super) info: ModelInfo,
     pub(super) tokenizer: Option<Tokenizer>,
     bench: Bench,
+    limit: RunLimit,
     /// As the file is.
     plain: Model,
     /// Unfused: what rewrites start from.
@@ -105,6 +111,10 @@ impl Loaded {
             stages: Vec::new(),
             since: Instant::now(),
         };
+        if let Some(bytes) = options.memory_limit_bytes {
+            limits::private_memory(bytes)
+                .map_err(|e| LoadError::bad(format!("the memory limit cannot be set: {e}")))?;
+        }
         let folder = open_folder(path, options)?;
         let file = model_file(path)?;
         let config = clock
@@ -116,10 +126,8 @@ impl Loaded {
             ..Limits::default()
         };
         let plain = clock.stage("read", || Model::open(&folder, &file, &limits))?;
-        let unfused = clock.stage("unfuse", || anatomy::normalise::unfuse(&plain))?;
         let runtime = clock.stage("runtime", || Runtime::load(options))?;
-        let weights = SharedWeights::new(&plain.graph)
-            .map_err(|e| LoadError::bad(super::tidy(&e.to_string())))?;
+        let weights = Arc::new(SharedWeights::new(&plain.graph).map_err(LoadError::bad)?);
         let model_folder = path.join(&file);
         let bench = Bench {
             runtime,
@@ -130,33 +138,21 @@ impl Loaded {
                 .to_string_lossy()
                 .into_owned(),
         };
-        let normal = unfused.model;
+        let normal = plain.clone();
         // The plain session is built once here: a model that the runtime refuses must not load.
-        let mut plain_session = clock
+        let _plain_session = clock
             .stage("session", || bench.session(&plain, Effort::Full))
             .map_err(|why| LoadError::bad(format!("ONNX Runtime refuses the model: {why}")))?;
         let trace = clock.stage("trace", || anatomy::trace(&normal));
         let trials = clock.stage("trials", || observe(&bench, &normal, &trace))?;
-        let mut anatomy = clock.stage("anatomy", || anatomy::read(&normal, &trace, &trials));
+        let anatomy = clock.stage("anatomy", || anatomy::read(&normal, &trace, &trials));
         let mut notes: Vec<String> = anatomy.notes.clone();
-        notes.extend(unfused.left.iter().map(|l| {
-            format!("node \"{}\" ({}) stays fused: {}", l.node, l.op, l.reason)
-        }));
-        if !unfused.replaced.is_empty() {
-            notes.push(format!(
-                "{} fused nodes are unfused for everything but plain predicts",
-                unfused.replaced.len()
-            ));
-        }
         let divisions = plain.graph.integer_divisions().len();
         if divisions > 0 {
             notes.push(format!(
                 "{divisions} integer divisions by values that are not constant"
             ));
         }
-        let checks = clock.stage("certificate", || {
-            certificate::check(&bench, &plain, &normal, &mut anatomy, &trials, &mut plain_session)
-        })?;
         let vocab = anatomy.dims.vocab;
         let max_tokens = [options.max_tokens, config.max_positions]
             .into_iter()
@@ -164,7 +160,12 @@ impl Loaded {
             .min();
         let tokenizer = clock
             .stage("tokenizer", || {
-                Tokenizer::load(&folder, vocab, max_tokens.unwrap_or(512))
+                let bounds = Bounds {
+                    vocab,
+                    max_tokens: max_tokens.unwrap_or(UNKNOWN_MAX_TOKENS),
+                    max_text_bytes: options.max_text_bytes,
+                };
+                Tokenizer::load(&folder, &config, bounds)
             })
             .map_err(LoadError::bad)?;
         let info = describe(Description {
@@ -173,7 +174,7 @@ impl Loaded {
             config,
             tokenizer: tokenizer.as_ref().map(Tokenizer::info),
             max_tokens,
-            certificate: Certificate { checks },
+            certificate: Certificate::default(),
             notes,
             runtime: bench.runtime.version.clone(),
             options,
@@ -183,6 +184,7 @@ impl Loaded {
             info,
             tokenizer,
             bench,
+            limit: RunLimit(options.max_run_bytes),
             plain,
             normal,
             anatomy,
@@ -190,7 +192,7 @@ impl Loaded {
     }
 
     /// Builds a variant: its session, and its outputs in the session's order.
-    pub(super) fn build(&self, spec: &VariantSpec) -> Result<(Session, Vec<ValueInfo>), LoadError> {
+    pub(super) fn build(&self, spec: &VariantSpec) -> Result<Built, LoadError> {
         let (model, mut outputs) = match spec.plan {
             Plan::Plain => (self.plain.clone(), self.info.outputs.clone()),
             Plan::Rewritten => {
@@ -198,12 +200,11 @@ impl Loaded {
                     hooks: spec.expose.clone(),
                     keep_outputs: spec.keep_outputs,
                 };
-                let made = rewrite::expose(&self.normal, &self.anatomy, &what).map_err(|e| {
-                    LoadError {
+                let made =
+                    rewrite::expose(&self.normal, &self.anatomy, &what).map_err(|e| LoadError {
                         kind: Failure::FailedPrecondition,
                         message: e.to_string(),
-                    }
-                })?;
+                    })?;
                 let mut outputs = if spec.keep_outputs {
                     self.info.outputs.clone()
                 } else {
@@ -229,7 +230,12 @@ impl Loaded {
         let order = |name: &str| session.outputs().iter().position(|o| o.name() == name);
         outputs.retain(|o| order(&o.name).is_some());
         outputs.sort_by_key(|o| order(&o.name));
-        Ok((session, outputs))
+        Ok(Built {
+            session,
+            outputs,
+            weights: self.bench.weights.clone(),
+            limit: self.limit,
+        })
     }
 
     /// The graph that rewrites start from, as text.
@@ -280,8 +286,8 @@ fn model_file(path: &Path) -> Result<String, LoadError> {
 
 /// Runs the trials of the first plan that the model accepts.
 fn observe(bench: &Bench, model: &Model, trace: &Trace) -> Result<Trials, LoadError> {
-    let observed = rewrite::observe(model, &trace.observe)
-        .map_err(|e| LoadError::bad(e.to_string()))?;
+    let observed =
+        rewrite::observe(model, &trace.observe).map_err(|e| LoadError::bad(e.to_string()))?;
     let mut session = bench
         .session(&observed.model, Effort::Little)
         .map_err(|why| LoadError::bad(format!("ONNX Runtime refuses the model: {why}")))?;
@@ -344,7 +350,7 @@ fn describe(d: Description<'_>) -> ModelInfo {
             .iter()
             .map(|b| format!("{b:02x}"))
             .collect(),
-        task: anatomy.task,
+        task: d.config.task.unwrap_or(anatomy.task),
         inputs: anatomy
             .inputs
             .iter()
@@ -373,9 +379,10 @@ fn describe(d: Description<'_>) -> ModelInfo {
                 dims: o.dims.clone(),
             })
             .collect(),
-        main_output: anatomy
+        main_output: d
+            .config
             .main_output
-            .map(|v| plain.graph.name(v).to_owned())
+            .or_else(|| Some(plain.graph.name(anatomy.main_output?).to_owned()))
             .unwrap_or_default(),
         labels: d.config.labels,
         dims: anatomy.dims,

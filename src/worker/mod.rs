@@ -12,13 +12,15 @@
 //!
 //! Threads share the socket by [`crate::ipc::worker_side::Sender`]; an answer carries the id of its command.
 
-mod certificate;
 mod config;
+mod json;
 mod limits;
 mod load;
+mod native;
 mod pick;
+mod run;
 pub mod runtime;
-pub mod sandbox;
+mod sandbox;
 mod serve;
 mod session;
 mod tokenizer;
@@ -57,7 +59,10 @@ fn tidy(message: &str) -> String {
     let mut out = String::new();
     for word in message.split_whitespace() {
         // The runtime names its own source files and the model's absolute path.
-        let path = word.trim_start_matches(['"', '\'', '(', '[']).starts_with('/') && word.len() > 2;
+        let path = word
+            .trim_start_matches(['"', '\'', '(', '['])
+            .starts_with('/')
+            && word.len() > 2;
         if !out.is_empty() {
             out.push(' ');
         }

@@ -30,19 +30,26 @@ impl Keep {
 }
 
 impl Cut {
-    /// The output as it is.
-    pub(super) fn whole(shape: &[usize]) -> Self {
-        Self {
-            shape: shape.to_vec(),
-            keep: shape.iter().map(|n| Keep::Range(0, *n)).collect(),
-        }
-    }
-
-    /// Plans a pick of an output that came out with this shape.
+    /// Plans a pick of an output that came out with this shape, of a run of `batch` rows.
+    ///
+    /// An output whose axes nobody has read (`value:NAME`) has a batch axis if its first extent equals the batch; its other
+    /// axes come whole, padding included. A batch axis of one entry is the same for every row.
     ///
     /// # Errors
     /// Names the part of the pick that does not fit the output.
-    pub(super) fn plan(pick: &Pick, axes: &[Axis], shape: &[usize]) -> Result<Self, String> {
+    pub(super) fn plan(
+        pick: &Pick,
+        axes: &[Axis],
+        shape: &[usize],
+        batch: usize,
+    ) -> Result<Self, String> {
+        let unread: Vec<Axis>;
+        let axes = if axes.is_empty() && !shape.is_empty() {
+            unread = guess(shape, batch);
+            &unread
+        } else {
+            axes
+        };
         if axes.len() != shape.len() {
             return Err(format!(
                 "the output came with {} axes instead of {}",
@@ -50,6 +57,7 @@ impl Cut {
                 axes.len()
             ));
         }
+        let mut heads_done = false;
         let (mut keep, mut out, mut positions_done) = (Vec::new(), Vec::new(), false);
         for (axis, extent) in axes.iter().zip(shape.iter().copied()) {
             let mut whole = extent;
@@ -57,12 +65,9 @@ impl Cut {
                 whole = whole.min(pick.length as usize);
             }
             let chosen = if *axis == Axis::Batch {
-                let (row, rows) = (pick.row as usize, pick.rows as usize);
-                if row + rows > extent {
-                    return Err(format!("rows {row} to {} of {extent}", row + rows));
-                }
-                Keep::Range(row, rows)
+                rows(pick, extent, batch)?
             } else if axis.is_head() && !pick.heads.is_empty() {
+                heads_done = true;
                 indices(&pick.heads, whole, "head")?
             } else if matches!(axis, Axis::Pos | Axis::Query)
                 && !pick.positions.is_empty()
@@ -78,6 +83,12 @@ impl Cut {
                 out.push(chosen.len());
             }
             keep.push(chosen);
+        }
+        if !pick.positions.is_empty() && !positions_done {
+            return Err("positions of an output without positions".to_owned());
+        }
+        if !pick.heads.is_empty() && !heads_done {
+            return Err("heads of an output without heads".to_owned());
         }
         Ok(Self { shape: out, keep })
     }
@@ -140,6 +151,30 @@ fn copy_axis(
     }
 }
 
+fn rows(pick: &Pick, extent: usize, batch: usize) -> Result<Keep, String> {
+    let (row, rows) = (pick.row as usize, pick.rows as usize);
+    let entries = if extent == 1 { batch } else { extent };
+    if rows == 0 || row + rows > entries {
+        return Err(format!("rows {row} to {} of {entries}", row + rows));
+    }
+    Ok(if extent == 1 {
+        Keep::Some(vec![0; rows])
+    } else {
+        Keep::Range(row, rows)
+    })
+}
+
+fn guess(shape: &[usize], batch: usize) -> Vec<Axis> {
+    shape
+        .iter()
+        .enumerate()
+        .map(|(at, extent)| match at {
+            0 if *extent == batch => Axis::Batch,
+            _ => Axis::Other(format!("axis_{at}")),
+        })
+        .collect()
+}
+
 fn indices(wanted: &[u32], extent: usize, what: &str) -> Result<Keep, String> {
     match wanted.iter().find(|i| **i as usize >= extent) {
         Some(bad) => Err(format!("{what} {bad} of {extent}")),
@@ -147,29 +182,33 @@ fn indices(wanted: &[u32], extent: usize, what: &str) -> Result<Keep, String> {
     }
 }
 
-/// Whether float elements hold a value that is neither finite nor a mask (minus infinity).
-pub(super) fn has_stray(dtype: DType, bytes: &[u8]) -> bool {
+/// Whether a float tensor holds a value that is neither finite nor, where `masked` says that masks may stand, minus infinity.
+pub(super) fn has_stray(dtype: DType, bytes: &[u8], masked: bool) -> bool {
+    fn any<const N: usize>(bytes: &[u8], bad: impl Fn([u8; N]) -> bool) -> bool {
+        // Folding without an early exit lets the compiler use vectors; a bad value is the rare case.
+        bytes
+            .as_chunks::<N>()
+            .0
+            .chunks(4096)
+            .any(|chunk| chunk.iter().fold(false, |seen, c| seen | bad(*c)))
+    }
     match dtype {
-        DType::F32 => bytes
-            .as_chunks::<4>()
-            .0
-            .iter()
-            .any(|c| stray(f64::from(f32::from_le_bytes(*c)))),
-        DType::F64 => bytes
-            .as_chunks::<8>()
-            .0
-            .iter()
-            .any(|c| stray(f64::from_le_bytes(*c))),
-        DType::F16 => bytes
-            .as_chunks::<2>()
-            .0
-            .iter()
-            .any(|c| stray(half::f16::from_le_bytes(*c).to_f64())),
-        DType::Bf16 => bytes
-            .as_chunks::<2>()
-            .0
-            .iter()
-            .any(|c| stray(half::bf16::from_le_bytes(*c).to_f64())),
+        DType::F32 => any(bytes, |c| {
+            let bits = u32::from_le_bytes(c);
+            bits & 0x7f80_0000 == 0x7f80_0000 && !(masked && bits == 0xff80_0000)
+        }),
+        DType::F64 => any(bytes, |c| {
+            let bits = u64::from_le_bytes(c);
+            bits & 0x7ff0 << 48 == 0x7ff0 << 48 && !(masked && bits == 0xfff0 << 48)
+        }),
+        DType::F16 => any(bytes, |c| {
+            let bits = u16::from_le_bytes(c);
+            bits & 0x7c00 == 0x7c00 && !(masked && bits == 0xfc00)
+        }),
+        DType::Bf16 => any(bytes, |c| {
+            let bits = u16::from_le_bytes(c);
+            bits & 0x7f80 == 0x7f80 && !(masked && bits == 0xff80)
+        }),
         DType::I8
         | DType::I16
         | DType::I32
@@ -180,10 +219,6 @@ pub(super) fn has_stray(dtype: DType, bytes: &[u8]) -> bool {
         | DType::U64
         | DType::Bool => false,
     }
-}
-
-fn stray(v: f64) -> bool {
-    v.is_nan() || v == f64::INFINITY
 }
 
 #[cfg(test)]
@@ -203,10 +238,10 @@ mod tests {
 
     fn cut(pick: &Pick, axes: &[Axis], shape: &[usize]) -> (Vec<usize>, Vec<f32>) {
         let from = numbered(shape);
-        let cut = Cut::plan(pick, axes, shape).unwrap();
+        let cut = Cut::plan(pick, axes, shape, shape[0]).unwrap();
         let mut to = vec![0u8; cut.elements() * 4];
         cut.copy(bytemuck::cast_slice(&from), shape, 4, &mut to);
-        (cut.shape, bytemuck::pod_collect_to_vec(&to))
+        (cut.shape, to.as_chunks::<4>().0.iter().map(|c| f32::from_le_bytes(*c)).collect())
     }
 
     proptest! {
@@ -245,16 +280,60 @@ mod tests {
             ..Pick::default()
         };
         let shape = [2, 3, 4, 4];
-        let err = |p| Cut::plan(&p, &ATTENTION, &shape).unwrap_err();
+        let err = |p| Cut::plan(&p, &ATTENTION, &shape, 2).unwrap_err();
         assert_eq!(err(pick(&[3], 0, 1)), "head 3 of 3");
         assert_eq!(err(pick(&[], 1, 2)), "rows 1 to 3 of 2");
     }
 
     #[test]
-    fn masks_are_no_strays_and_nan_is() {
+    fn heads_and_positions_of_an_output_without_them_are_refused() {
+        let pick = |heads: &[u32], positions: &[u32]| Pick {
+            rows: 1,
+            heads: heads.to_vec(),
+            positions: positions.to_vec(),
+            ..Pick::default()
+        };
+        let axes = [Axis::Batch, Axis::Label];
+        assert!(Cut::plan(&pick(&[0], &[]), &axes, &[2, 3], 2).is_err());
+        assert!(Cut::plan(&pick(&[], &[0]), &axes, &[2, 3], 2).is_err());
+        assert!(Cut::plan(&pick(&[], &[]), &axes, &[2, 3], 2).is_ok());
+    }
+
+    #[test]
+    fn one_entry_for_all_rows_is_given_to_each() {
+        let pick = Pick {
+            row: 1,
+            rows: 2,
+            ..Pick::default()
+        };
+        let cut = Cut::plan(&pick, &[Axis::Batch, Axis::Pos], &[1, 2], 4).unwrap();
+        let mut to = [0; 4];
+        cut.copy(&[7, 8], &[1, 2], 1, &mut to);
+        assert_eq!((&cut.shape[..], to), (&[2, 2][..], [7, 8, 7, 8]));
+    }
+
+    #[test]
+    fn unread_axes_come_whole_but_for_the_rows() {
+        let pick = Pick {
+            row: 1,
+            rows: 1,
+            ..Pick::default()
+        };
+        assert_eq!(Cut::plan(&pick, &[], &[2, 3], 2).unwrap().shape, [3]);
+        assert_eq!(Cut::plan(&pick, &[], &[5, 3], 2).unwrap().shape, [5, 3]);
+        assert_eq!(Cut::plan(&pick, &[], &[], 2).unwrap().elements(), 1);
+    }
+
+    #[test]
+    fn masks_are_no_strays_where_masks_stand_and_nan_is_everywhere() {
         let bytes = |v: &[f32]| bytemuck::cast_slice::<f32, u8>(v).to_vec();
-        assert!(!has_stray(DType::F32, &bytes(&[1.0, f32::NEG_INFINITY])));
-        assert!(has_stray(DType::F32, &bytes(&[1.0, f32::NAN])));
-        assert!(has_stray(DType::F32, &bytes(&[f32::INFINITY])));
+        let masked = bytes(&[1.0, f32::NEG_INFINITY, f32::MIN]);
+        assert!(!has_stray(DType::F32, &masked, true));
+        assert!(has_stray(DType::F32, &masked, false));
+        assert!(has_stray(DType::F32, &bytes(&[f32::NAN]), true));
+        assert!(has_stray(DType::F32, &bytes(&[f32::INFINITY]), true));
+        let half: Vec<u8> = half::f16::NAN.to_le_bytes().to_vec();
+        assert!(has_stray(DType::F16, &half, true));
+        assert!(!has_stray(DType::I64, &[0xff; 8], false));
     }
 }

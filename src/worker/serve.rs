@@ -1,9 +1,12 @@
 //! The life of the process: limits, socket, threads, until the front closes.
 
 use std::{
-    io,
-    os::{fd::OwnedFd, unix::net::UnixStream},
-    process::ExitCode,
+    env, io,
+    os::{
+        fd::OwnedFd,
+        unix::{net::UnixStream, process::CommandExt as _},
+    },
+    process::{Command, ExitCode},
     sync::{Arc, OnceLock, mpsc},
     thread,
     time::{Duration, Instant},
@@ -12,6 +15,7 @@ use std::{
 use super::{
     failure,
     load::{LoadError, Loaded},
+    runtime::NO_TELEMETRY,
     sandbox,
     variants::Variants,
 };
@@ -33,6 +37,15 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(250);
 
 /// Runs a worker on the socket that is its standard input. Returns when the front closes it.
 pub fn main() -> ExitCode {
+    if env::var_os(NO_TELEMETRY).is_none_or(|v| v != "1") {
+        // The library reads the variable when it is loaded, and a process may not safely change its own environment.
+        let why = Command::new("/proc/self/exe")
+            .args(env::args_os().skip(1))
+            .env(NO_TELEMETRY, "1")
+            .exec();
+        eprintln!("introspectd worker: cannot start again without telemetry: {why}");
+        return ExitCode::FAILURE;
+    }
     let socket = match rustix::io::dup(io::stdin()).map(OwnedFd::from) {
         Ok(fd) => UnixStream::from(fd),
         Err(e) => {
@@ -44,7 +57,7 @@ pub fn main() -> ExitCode {
         eprintln!("introspectd worker: this command is started by the daemon, not by hand");
         return ExitCode::FAILURE;
     }
-    if let Err(e) = sandbox::enter() {
+    if let Err(e) = sandbox::enter(&socket) {
         eprintln!("introspectd worker: {e}");
         return ExitCode::FAILURE;
     }
@@ -183,9 +196,7 @@ impl Shared {
                 self.sender
                     .send(load.id, event::Kind::Loaded(LoadedEvent { info }), None)
             }
-            Err(LoadError { kind, message }) => {
-                failure(&self.sender, load.id, kind, &message, "")
-            }
+            Err(LoadError { kind, message }) => failure(&self.sender, load.id, kind, &message, ""),
         }
     }
 
@@ -202,10 +213,10 @@ impl Shared {
         };
         let (started, before) = (Instant::now(), resident_bytes());
         match model.build(&spec) {
-            Ok((session, outputs)) => {
-                let described = serde_json::to_string(&outputs).map_err(io::Error::other)?;
+            Ok(ready) => {
+                let described = serde_json::to_string(&ready.outputs).map_err(io::Error::other)?;
                 self.variants
-                    .add(build.variant, session, outputs, self.sender.clone())?;
+                    .add(build.variant, ready, self.sender.clone())?;
                 let built = Built {
                     outputs: described,
                     bytes: resident_bytes().saturating_sub(before),
@@ -213,9 +224,7 @@ impl Shared {
                 };
                 self.sender.send(build.id, event::Kind::Built(built), None)
             }
-            Err(LoadError { kind, message }) => {
-                failure(&self.sender, build.id, kind, &message, "")
-            }
+            Err(LoadError { kind, message }) => failure(&self.sender, build.id, kind, &message, ""),
         }
     }
 
@@ -295,7 +304,10 @@ impl Ticker {
                     let progress = Progress {
                         stage: stage.clone(),
                     };
-                    if sender.send(id, event::Kind::Progress(progress), None).is_err() {
+                    if sender
+                        .send(id, event::Kind::Progress(progress), None)
+                        .is_err()
+                    {
                         return;
                     }
                 }

@@ -10,7 +10,7 @@ use crate::{onnx::Model, tensor::Tensor};
 /// What every session of a model needs.
 pub(super) struct Bench {
     pub(super) runtime: Runtime,
-    pub(super) weights: weights::SharedWeights,
+    pub(super) weights: Arc<weights::SharedWeights>,
     /// Absolute path of the model's folder, for references into its files.
     pub(super) folder: String,
 }
@@ -33,7 +33,9 @@ impl Bench {
             Effort::Full => GraphOptimizationLevel::All,
             Effort::Little => GraphOptimizationLevel::Disable,
         };
-        builder = builder.with_optimization_level(level).map_err(|e| text(&e))?;
+        builder = builder
+            .with_optimization_level(level)
+            .map_err(|e| text(&e))?;
         builder = builder
             .with_config_entry(
                 "session.model_external_initializers_file_folder_path",
@@ -41,7 +43,9 @@ impl Bench {
             )
             .map_err(|e| text(&e))?;
         for (name, weight) in self.weights.of(&model.graph) {
-            builder = builder.with_initializer(name, weight).map_err(|e| text(&e))?;
+            builder = builder
+                .with_initializer(name, weight)
+                .map_err(|e| text(&e))?;
         }
         builder = builder
             .with_prepacked_weights(self.weights.packed())
@@ -62,8 +66,12 @@ pub(super) fn run(
         .iter()
         .map(|(name, tensor)| Ok((name.clone(), value::input(tensor)?)))
         .collect::<Result<Vec<_>, String>>()?;
+    let views: Vec<_> = values
+        .iter()
+        .map(|(n, v)| (n.as_str(), v.value().as_ref()))
+        .collect();
     let outputs = session
-        .run_with_options(values, options)
+        .run_with_options(views, options)
         .map_err(|e| super::tidy(&e.to_string()))?;
     outputs
         .iter()

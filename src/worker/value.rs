@@ -1,41 +1,35 @@
 //! Our tensors as the runtime's values, and back, without copying.
 
-use bytemuck::checked;
+use bytes::Bytes;
 use half::{bf16, f16};
-use ort::value::{
-    DynValue, PrimitiveTensorElementType, SessionInputValue, TensorElementType,
-    TensorRef, ValueType,
-};
+use ort::value::{DynValue, PrimitiveTensorElementType, TensorElementType, ValueType};
 
+use super::native::Lent;
 use crate::tensor::{DType, Tensor};
 
-/// A tensor of the runtime over our bytes. The bytes must be aligned for their elements and, for booleans, 0 or 1.
-pub(super) fn input(tensor: &Tensor) -> Result<SessionInputValue<'_>, String> {
-    match tensor.dtype() {
-        DType::F32 => typed::<f32>(tensor),
-        DType::F16 => typed::<f16>(tensor),
-        DType::Bf16 => typed::<bf16>(tensor),
-        DType::F64 => typed::<f64>(tensor),
-        DType::I8 => typed::<i8>(tensor),
-        DType::I16 => typed::<i16>(tensor),
-        DType::I32 => typed::<i32>(tensor),
-        DType::I64 => typed::<i64>(tensor),
-        DType::U8 => typed::<u8>(tensor),
-        DType::U16 => typed::<u16>(tensor),
-        DType::U32 => typed::<u32>(tensor),
-        DType::U64 => typed::<u64>(tensor),
-        DType::Bool => typed::<bool>(tensor),
-    }
+/// A tensor of the runtime over our bytes; over an aligned copy of them where they are not aligned.
+pub(super) fn input(tensor: &Tensor) -> Result<Lent, String> {
+    let bytes = tensor.bytes();
+    let aligned = bytes.as_ptr().addr().is_multiple_of(tensor.dtype().size());
+    let bytes = if aligned {
+        bytes.clone()
+    } else {
+        aligned_copy(bytes)
+    };
+    Lent::new(tensor.dtype(), tensor.shape(), bytes).map_err(|e| e.message().to_owned())
 }
 
-fn typed<T>(tensor: &Tensor) -> Result<SessionInputValue<'_>, String>
-where
-    T: PrimitiveTensorElementType + bytemuck::CheckedBitPattern + std::fmt::Debug,
-{
-    let elements: &[T] = checked::try_cast_slice(tensor.bytes())
-        .map_err(|e| format!("bytes of {} cannot be used: {e}", tensor.dtype()))?;
-    let view = TensorRef::from_array_view((tensor.shape(), elements)).map_err(|e| e.to_string())?;
-    Ok(view.into_dyn().into())
+/// A copy that is aligned for every element type.
+fn aligned_copy(bytes: &[u8]) -> Bytes {
+    struct Words(Vec<u64>);
+    impl AsRef<[u8]> for Words {
+        fn as_ref(&self) -> &[u8] {
+            bytemuck::cast_slice(&self.0)
+        }
+    }
+    let mut words = vec![0u64; bytes.len().div_ceil(8)];
+    bytemuck::cast_slice_mut(&mut words)[..bytes.len()].copy_from_slice(bytes);
+    Bytes::from_owner(Words(words)).slice(..bytes.len())
 }
 
 /// Dtype, shape and bytes of a value that the runtime made.
@@ -51,9 +45,7 @@ pub(super) fn output(value: &DynValue) -> Result<(DType, Vec<usize>, &[u8]), Str
     fn bytes<T: PrimitiveTensorElementType + bytemuck::NoUninit>(
         value: &DynValue,
     ) -> Result<&[u8], String> {
-        let (_, elements) = value
-            .try_extract_tensor::<T>()
-            .map_err(|e| e.to_string())?;
+        let (_, elements) = value.try_extract_tensor::<T>().map_err(|e| e.to_string())?;
         Ok(bytemuck::cast_slice(elements))
     }
     let bytes = match dtype {
@@ -74,23 +66,26 @@ pub(super) fn output(value: &DynValue) -> Result<(DType, Vec<usize>, &[u8]), Str
     Ok((dtype, shape, bytes))
 }
 
-/// Our dtype of the runtime's.
-pub(super) fn dtype_of(ty: TensorElementType) -> Option<DType> {
-    Some(match ty {
-        TensorElementType::Float32 => DType::F32,
-        TensorElementType::Float16 => DType::F16,
-        TensorElementType::Bfloat16 => DType::Bf16,
-        TensorElementType::Float64 => DType::F64,
-        TensorElementType::Int8 => DType::I8,
-        TensorElementType::Int16 => DType::I16,
-        TensorElementType::Int32 => DType::I32,
-        TensorElementType::Int64 => DType::I64,
-        TensorElementType::Uint8 => DType::U8,
-        TensorElementType::Uint16 => DType::U16,
-        TensorElementType::Uint32 => DType::U32,
-        TensorElementType::Uint64 => DType::U64,
-        TensorElementType::Bool => DType::Bool,
-        _ => return None,
-    })
+/// The runtime's name of a dtype.
+pub(super) fn element(dtype: DType) -> TensorElementType {
+    match dtype {
+        DType::F32 => TensorElementType::Float32,
+        DType::F16 => TensorElementType::Float16,
+        DType::Bf16 => TensorElementType::Bfloat16,
+        DType::F64 => TensorElementType::Float64,
+        DType::I8 => TensorElementType::Int8,
+        DType::I16 => TensorElementType::Int16,
+        DType::I32 => TensorElementType::Int32,
+        DType::I64 => TensorElementType::Int64,
+        DType::U8 => TensorElementType::Uint8,
+        DType::U16 => TensorElementType::Uint16,
+        DType::U32 => TensorElementType::Uint32,
+        DType::U64 => TensorElementType::Uint64,
+        DType::Bool => TensorElementType::Bool,
+    }
 }
 
+/// Our name of an element type; `None` for strings, complex and packed numbers.
+fn dtype_of(found: TensorElementType) -> Option<DType> {
+    DType::ALL.into_iter().find(|d| element(*d) == found)
+}
