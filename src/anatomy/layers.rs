@@ -80,10 +80,7 @@ pub fn layers(
         })
         .collect();
     let groups = group(&parts);
-    (
-        groups.into_iter().map(|g| layer(&parts, g)).collect(),
-        orphans,
-    )
+    (groups.into_iter().map(|g| layer(&parts, g)).collect(), orphans)
 }
 
 fn part(
@@ -218,7 +215,8 @@ fn group(parts: &[Part]) -> Vec<Vec<usize>> {
     let mut groups: Vec<Vec<usize>> = Vec::new();
     for (i, p) in parts.iter().enumerate() {
         let opens = matches!(p.kind, Kind::Attention(_))
-            || (p.kind == Kind::Other && parts.get(i + 1).is_some_and(|n| n.kind == Kind::Mlp));
+            || (p.kind == Kind::Other
+                && parts.get(i + 1).is_some_and(|n| n.kind == Kind::Mlp));
         if opens {
             groups.push(vec![i]);
         } else if matches!(p.kind, Kind::Mlp | Kind::Cross(_))

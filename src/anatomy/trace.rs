@@ -140,9 +140,7 @@ fn spine(graph: &Graph) -> Option<(ValueId, Option<Lookup>, Flow<'_>)> {
             .filter(|p| p.dtype().is_some_and(crate::tensor::DType::is_float))
             .map(|p| (p.value, None)),
     );
-    let ids = starts
-        .iter()
-        .any(|(_, l)| l.as_ref().is_some_and(|l| l.direct));
+    let ids = starts.iter().any(|(_, l)| l.as_ref().is_some_and(|l| l.direct));
     let mut best: Option<(usize, ValueId, Option<Lookup>, Flow<'_>)> = None;
     for (start, lookup) in starts.into_iter().take(MAX_STARTS) {
         if ids && lookup.is_none() && best.as_ref().is_some_and(|b| b.0 > 0) {
@@ -270,10 +268,7 @@ fn observe(graph: &Graph, flow: &Flow<'_>, trace: &Trace) -> Vec<ValueId> {
     for layer in &trace.layers {
         wanted.extend([layer.start, layer.end]);
         wanted.extend(layer.attention_out);
-        for block in [&layer.attention_block, &layer.mlp_block]
-            .into_iter()
-            .flatten()
-        {
+        for block in [&layer.attention_block, &layer.mlp_block].into_iter().flatten() {
             wanted.extend([block.start, block.skip, block.end]);
             wanted.extend(&block.branches);
         }

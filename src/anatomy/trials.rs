@@ -99,15 +99,7 @@ pub fn trial_plans(trace: &Trace) -> Vec<TrialPlan> {
     } else if trace.inputs.iter().any(|i| i.role == InputRole::TokenIds) {
         &[(7, 11), (16, 32), (64, 128)]
     } else {
-        &[
-            (32, 32),
-            (224, 224),
-            (64, 64),
-            (7, 11),
-            (96, 160),
-            (1600, 2400),
-            (8000, 12000),
-        ]
+        &[(32, 32), (224, 224), (64, 64), (7, 11), (96, 160), (1600, 2400), (8000, 12000)]
     };
     let batches: &[[usize; 3]] = if fixed.batch.is_some() {
         &[[0; 3]]
@@ -249,8 +241,7 @@ fn fill(input: &InputTrace, run: usize, shape: &[usize]) -> Tensor {
 }
 
 fn tensor(dtype: DType, shape: &[usize], values: &[f64]) -> Tensor {
-    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-    // small numbers by construction
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // small numbers by construction
     let bytes: Vec<u8> = values
         .iter()
         .flat_map(|v| match dtype {
@@ -299,9 +290,11 @@ struct Random(u64);
 
 impl Random {
     fn new(name: &str, run: usize) -> Self {
-        let seed = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| {
-            (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
-        });
+        let seed = name
+            .bytes()
+            .fold(0xcbf2_9ce4_8422_2325u64, |h, b| {
+                (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
+            });
         Random(seed.wrapping_add(run as u64))
     }
 

@@ -141,12 +141,7 @@ impl Found {
         });
     }
 
-    fn add_streamed(
-        &mut self,
-        name: String,
-        layer: Option<usize>,
-        found: Result<Streamed, String>,
-    ) -> Option<Placed> {
+    fn add_streamed(&mut self, name: String, layer: Option<usize>, found: Result<Streamed, String>) -> Option<Placed> {
         match found {
             Ok(s) => {
                 self.add(name, layer, &s.placed, s.axes);
@@ -159,13 +154,7 @@ impl Found {
         }
     }
 
-    fn add_placed(
-        &mut self,
-        name: String,
-        layer: usize,
-        found: &Result<Placed, String>,
-        axes: &[Axis],
-    ) {
+    fn add_placed(&mut self, name: String, layer: usize, found: &Result<Placed, String>, axes: &[Axis]) {
         match found {
             Ok(placed) => self.add(name, Some(layer), placed, axes.to_vec()),
             Err(reason) => self.lack(&name, reason),
@@ -229,9 +218,7 @@ fn read_layer(lab: &Lab<'_>, found: &mut Found, dims: &mut Dims, view: &LayerVie
     let pre = found.add_streamed(name("hook_resid_pre"), Some(l), see(view.layer.start));
     found.alias(&name("hook_resid_pre"), format!("hidden_states.{l}"));
     if dims.d_model.is_none() {
-        dims.d_model = pre
-            .as_ref()
-            .and_then(|p| p.dims().last().copied().flatten());
+        dims.d_model = pre.as_ref().and_then(|p| p.dims().last().copied().flatten());
     }
     match view.attention {
         Some(Ok(a)) => add_attention(lab, found, dims, l, "attn", a),
@@ -320,12 +307,7 @@ fn read_layer(lab: &Lab<'_>, found: &mut Found, dims: &mut Dims, view: &LayerVie
 }
 
 /// `resid_pre + attn_out = resid_mid` and `resid_mid + mlp_out = resid_post`, where the architecture has them.
-fn check_sums(
-    lab: &Lab<'_>,
-    found: &mut Found,
-    view: &LayerView<'_>,
-    placed: &[&Option<Placed>; 5],
-) {
+fn check_sums(lab: &Lab<'_>, found: &mut Found, view: &LayerView<'_>, placed: &[&Option<Placed>; 5]) {
     let l = view.at;
     let name = |inside: &str| format!("blocks.{l}.{inside}");
     let [pre, attention_out, mid, mlp_out, post] = placed;
@@ -334,24 +316,16 @@ fn check_sums(
             let (Some(start), Some(skip)) = (lab.arrays(b.start), lab.arrays(b.skip)) else {
                 return true;
             };
-            start.iter().zip(&skip).any(|(a, b)| {
-                a.len() == b.len()
-                    && a.iter()
-                        .zip(b)
-                        .any(|(x, y)| (x - y).abs() > 1e-3 * y.abs().max(1.0))
-            })
+            start
+                .iter()
+                .zip(&skip)
+                .any(|(a, b)| a.len() == b.len() && a.iter().zip(b).any(|(x, y)| (x - y).abs() > 1e-3 * y.abs().max(1.0)))
         })
     };
     let mut sum = |what: &str, parts: &[&Placed], total: &Placed, about: &[String]| {
         let (tolerance, named) = lab.tolerance(parts);
         found.check(
-            certificate::within(
-                what,
-                sum_error(parts, total),
-                tolerance,
-                named,
-                &format!("blocks.{l}"),
-            ),
+            certificate::within(what, sum_error(parts, total), tolerance, named, &format!("blocks.{l}")),
             about,
         );
     };
@@ -375,17 +349,10 @@ fn check_sums(
         .is_some_and(|b| b.start == view.layer.start);
     if let (Some(pre), Some(a)) = (pre, attention_out)
         && starts_here
-        && let Some(total) = mid
-            .as_ref()
-            .or(post.as_ref().filter(|_| view.layer.mlp_block.is_none()))
+        && let Some(total) = mid.as_ref().or(post.as_ref().filter(|_| view.layer.mlp_block.is_none()))
         && !scaled(&view.layer.attention_block)
     {
-        sum(
-            certificate::RESID_MID,
-            &[pre, a],
-            total,
-            &[name("hook_attn_out")],
-        );
+        sum(certificate::RESID_MID, &[pre, a], total, &[name("hook_attn_out")]);
     }
     if let (Some(m), Some(post), Some(block)) = (mlp_out, post, &view.layer.mlp_block)
         && block.end == view.layer.end
@@ -428,16 +395,12 @@ fn add_attention(
     found.add_placed(name("pattern"), l, &Ok(a.pattern.clone()), &square);
     found.add_placed(name("attn_scores"), l, &a.scores, &square);
     found.add_placed(name("q"), l, &a.q, &per_head);
-    let k_axes = a.k.as_ref().map_or(per_head.to_vec(), |k| {
-        vec![rows.clone(), Axis::Pos, k_heads(k), Axis::DHead]
-    });
+    let k_axes = a
+        .k
+        .as_ref()
+        .map_or(per_head.to_vec(), |k| vec![rows.clone(), Axis::Pos, k_heads(k), Axis::DHead]);
     found.add_placed(name("k"), l, &a.k, &k_axes);
-    found.add_placed(
-        name("v"),
-        l,
-        &a.v,
-        &[rows.clone(), Axis::Pos, kv, Axis::DHead],
-    );
+    found.add_placed(name("v"), l, &a.v, &[rows.clone(), Axis::Pos, kv, Axis::DHead]);
     found.add_placed(name("z"), l, &a.z, &per_head);
     for (inside, placed) in [("rot_q", &a.rot_q), ("rot_k", &a.rot_k)] {
         if let Some(placed) = placed {
@@ -459,13 +422,7 @@ fn add_attention(
         ));
     } else {
         found.check(
-            certificate::within(
-                certificate::ROWS,
-                a.row_sum_error,
-                tolerance,
-                named,
-                &subject,
-            ),
+            certificate::within(certificate::ROWS, a.row_sum_error, tolerance, named, &subject),
             &[name("pattern")],
         );
     }
@@ -540,18 +497,10 @@ fn read_ends(lab: &Lab<'_>, found: &mut Found, dims: &mut Dims, positions: Optio
         found.hooks.retain(|h| h.name != post);
         found.add(post, Some(l), &s.placed, s.axes);
     }
-    let way = trace
-        .tail
-        .get(trace.between_layers + 1..)
-        .unwrap_or_default();
+    let way = trace.tail.get(trace.between_layers + 1..).unwrap_or_default();
     match norm_along(lab, &end.placed, way, &all) {
         Some((_, norm)) => {
-            found.add(
-                "ln_final.hook_normalized".to_owned(),
-                None,
-                &norm.placed,
-                norm.axes,
-            );
+            found.add("ln_final.hook_normalized".to_owned(), None, &norm.placed, norm.axes);
             // Hugging Face's last hidden state is normalised in models of tokens, and is not in models of pictures.
             if ids {
                 found.alias("ln_final.hook_normalized", hidden);
