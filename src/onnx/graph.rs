@@ -18,6 +18,13 @@ use crate::tensor::{DType, Tensor};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ValueId(pub(super) u32);
 
+impl ValueId {
+    /// A dense number, for tables over the values of a graph.
+    pub fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
 /// A node of a graph. Stays valid in the graphs that patches make of it, unless the patch removed the node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct NodeId(pub(super) u32);

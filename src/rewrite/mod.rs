@@ -1,1 +1,12 @@
 //! Makes the graph of a variant from a model and what was asked of it.
+//!
+//! - [`expose`]: hook points become outputs under canonical axes; with `keep_outputs` off everything that they do not
+//!   need is pruned (early exit).
+//! - [`observe`]: raw values become outputs, for the trials.
+//!
+//! Rewrites are patches: the original graph is never edited, and what a patch makes has passed the checks of a
+//! loaded file.
+
+mod expose;
+
+pub use expose::{ExposedOutput, Exposure, Observed, RewriteError, Rewritten, expose, observe};

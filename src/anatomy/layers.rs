@@ -1,0 +1,259 @@
+//! Residual blocks in the order of the stream become layers.
+//!
+//! A layer holds one self-attention, with what stands beside it in every other layer: usually one perceptron behind
+//! it; one in front as well in a "macaron"; a cross-attention in a decoder. Mixers other than attention
+//! (convolutions, linear recurrences) followed by a perceptron make a layer without attention, so that layers keep
+//! the numbers that their authors gave them.
+
+use super::{
+    attention::AttentionTrace,
+    blocks::{Block, holds},
+    flow::Flow,
+    mlp::{MlpTrace, mlp},
+    ops::walk_back,
+};
+use crate::onnx::ValueId;
+
+/// One layer, as far as structure tells.
+#[derive(Clone, Debug)]
+pub struct LayerTrace {
+    /// The stream that enters.
+    pub start: ValueId,
+    /// The stream that leaves, before any norm.
+    pub end: ValueId,
+    /// Index of its self-attention among the trace's attentions.
+    pub attention: Option<usize>,
+    /// Index of its cross-attention.
+    pub cross_attention: Option<usize>,
+    /// Where the attention is added to the stream.
+    pub attention_block: Option<Block>,
+    /// What the attention adds to the stream.
+    pub attention_out: Option<ValueId>,
+    /// Where the (last) perceptron is added to the stream.
+    pub mlp_block: Option<Block>,
+    /// The perceptron, or why there is none to show.
+    pub mlp: Result<MlpTrace, String>,
+    /// Attention and perceptron read the same stream and are added at once.
+    pub parallel: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Attention(usize),
+    Cross(usize),
+    Mlp,
+    Other,
+}
+
+struct Part {
+    block: Block,
+    kind: Kind,
+    mlp: Result<MlpTrace, String>,
+    attention_out: Option<ValueId>,
+}
+
+/// Layers, and the attentions that belong to none of them.
+pub fn layers(
+    flow: &Flow<'_>,
+    blocks: &[Block],
+    attentions: &[AttentionTrace],
+) -> (Vec<LayerTrace>, Vec<usize>) {
+    let mut owner: Vec<Option<usize>> = vec![None; attentions.len()];
+    for (i, attention) in attentions.iter().enumerate() {
+        owner[i] = blocks
+            .iter()
+            .enumerate()
+            .filter(|(_, b)| holds(flow, b, attention))
+            .max_by_key(|(_, b)| flow.order(b.start))
+            .map(|(at, _)| at);
+    }
+    let parts: Vec<Part> = blocks
+        .iter()
+        .enumerate()
+        .map(|(at, block)| part(flow, block, at, &owner, attentions))
+        .collect();
+    let orphans = (0..attentions.len())
+        .filter(|i| {
+            !parts
+                .iter()
+                .any(|p| p.kind == Kind::Attention(*i) || p.kind == Kind::Cross(*i))
+        })
+        .collect();
+    let groups = group(&parts);
+    (groups.into_iter().map(|g| layer(&parts, g)).collect(), orphans)
+}
+
+fn part(
+    flow: &Flow<'_>,
+    block: &Block,
+    at: usize,
+    owner: &[Option<usize>],
+    attentions: &[AttentionTrace],
+) -> Part {
+    let mine: Vec<usize> = (0..attentions.len())
+        .filter(|i| owner[*i] == Some(at))
+        .collect();
+    let [one] = mine[..] else {
+        let out = block.branches[0];
+        let found = mlp(flow, block.start, out);
+        let kind = match (&found, mine.is_empty()) {
+            (Ok(_), true) => Kind::Mlp,
+            (Err(_), true) if routed(flow, block) => Kind::Mlp,
+            _ => Kind::Other,
+        };
+        return Part {
+            block: block.clone(),
+            kind,
+            mlp: found,
+            attention_out: None,
+        };
+    };
+    let kind = if attentions[one].self_attention {
+        Kind::Attention(one)
+    } else {
+        Kind::Cross(one)
+    };
+    let z = attentions[one].z[0];
+    let (attention_out, mlp_out) = shares(flow, block, z);
+    Part {
+        block: block.clone(),
+        kind,
+        mlp: match mlp_out {
+            Some(out) => mlp(flow, block.start, out),
+            None => Err("it has no perceptron".to_owned()),
+        },
+        attention_out,
+    }
+}
+
+/// Whether several products with weights end the branch: experts, which count as a perceptron in the order of layers.
+fn routed(flow: &Flow<'_>, block: &Block) -> bool {
+    let products = super::attention::between(flow, block.start, block.branches[0])
+        .into_iter()
+        .filter(|id| super::ops::is_projection(flow, flow.graph().node(*id)))
+        .count();
+    products > 2
+}
+
+/// What attention and perceptron each add to the stream in this block.
+fn shares(flow: &Flow<'_>, block: &Block, z: ValueId) -> (Option<ValueId>, Option<ValueId>) {
+    if let [a, b] = block.branches[..] {
+        return match (flow.reaches(z, a), flow.reaches(z, b)) {
+            (true, false) => (Some(a), Some(b)),
+            (false, true) => (Some(b), Some(a)),
+            _ => (None, None),
+        };
+    }
+    let [branch] = block.branches[..] else {
+        return (None, None);
+    };
+    // One branch may itself be the sum of both.
+    for v in walk_back(flow, branch, |n| super::ops::is_layout(n)) {
+        if let Some((_, node)) = flow.maker(v)
+            && node.is("Add")
+            && let [a, b] = flow.live_inputs(node)[..]
+        {
+            match (flow.reaches(z, a), flow.reaches(z, b)) {
+                (true, false) if flow.dominates(block.start, b) => return (Some(a), Some(b)),
+                (false, true) if flow.dominates(block.start, a) => return (Some(b), Some(a)),
+                _ => {}
+            }
+        }
+    }
+    (Some(branch), None)
+}
+
+/// Ranges of parts that make one layer each.
+fn group(parts: &[Part]) -> Vec<Vec<usize>> {
+    let attention_at: Vec<usize> = parts
+        .iter()
+        .enumerate()
+        .filter(|(_, p)| matches!(p.kind, Kind::Attention(_)))
+        .map(|(i, _)| i)
+        .collect();
+    let Some((first, last)) = attention_at.first().zip(attention_at.last()) else {
+        return Vec::new();
+    };
+    let spell = |range: std::ops::Range<usize>| -> String {
+        parts[range]
+            .iter()
+            .map(|p| match p.kind {
+                Kind::Attention(_) => 'A',
+                Kind::Cross(_) => 'X',
+                Kind::Mlp => 'M',
+                Kind::Other => 'O',
+            })
+            .collect()
+    };
+    let gaps: Vec<String> = attention_at
+        .windows(2)
+        .map(|w| spell(w[0] + 1..w[1]))
+        .collect();
+    let tail = spell(*last + 1..parts.len());
+    let regular = gaps.windows(2).all(|w| w[0] == w[1]);
+    if regular && attention_at.len() > 1 {
+        // Of what lies between two attentions, as much belongs behind the first as follows the last one.
+        let gap = &gaps[0];
+        let behind = gap
+            .chars()
+            .zip(tail.chars())
+            .take_while(|(a, b)| a == b)
+            .count();
+        let ahead = gap.len() - behind;
+        if spell(first.saturating_sub(ahead)..*first) == gap[behind..] {
+            return attention_at
+                .iter()
+                .map(|at| (at - ahead..=(at + behind).min(parts.len() - 1)).collect())
+                .collect();
+        }
+    }
+    if attention_at.len() == 1 {
+        let until = tail.chars().take_while(|k| *k != 'O').count();
+        return vec![(*first..=*first + until).collect()];
+    }
+    // Mixed: a mixer that a perceptron follows opens a layer as an attention does.
+    let mut groups: Vec<Vec<usize>> = Vec::new();
+    for (i, p) in parts.iter().enumerate() {
+        let opens = matches!(p.kind, Kind::Attention(_))
+            || (p.kind == Kind::Other
+                && parts.get(i + 1).is_some_and(|n| n.kind == Kind::Mlp));
+        if opens {
+            groups.push(vec![i]);
+        } else if matches!(p.kind, Kind::Mlp | Kind::Cross(_))
+            && let Some(open) = groups.last_mut()
+        {
+            open.push(i);
+        }
+    }
+    groups
+}
+
+fn layer(parts: &[Part], group: Vec<usize>) -> LayerTrace {
+    let members: Vec<&Part> = group.iter().map(|i| &parts[*i]).collect();
+    let attention = members.iter().find_map(|p| match p.kind {
+        Kind::Attention(i) => Some((i, *p)),
+        Kind::Cross(_) | Kind::Mlp | Kind::Other => None,
+    });
+    let cross_attention = members.iter().find_map(|p| match p.kind {
+        Kind::Cross(i) => Some(i),
+        Kind::Attention(_) | Kind::Mlp | Kind::Other => None,
+    });
+    let parallel = attention.is_some_and(|(_, p)| p.mlp.is_ok());
+    let separate = members.iter().rev().find(|p| p.kind == Kind::Mlp);
+    let mlp = match (parallel, separate) {
+        (true, _) => attention.map(|(_, p)| p.mlp.clone()),
+        (false, Some(p)) => Some(p.mlp.clone()),
+        (false, None) => None,
+    };
+    LayerTrace {
+        start: members[0].block.start,
+        end: members[members.len() - 1].block.end,
+        attention: attention.map(|(i, _)| i),
+        cross_attention,
+        attention_block: attention.map(|(_, p)| p.block.clone()),
+        attention_out: attention.and_then(|(_, p)| p.attention_out),
+        mlp_block: separate.map(|p| p.block.clone()),
+        mlp: mlp.unwrap_or_else(|| Err("the layer has no perceptron".to_owned())),
+        parallel,
+    }
+}

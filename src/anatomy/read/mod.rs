@@ -1,0 +1,519 @@
+//! From structure and measurements to hook points.
+//!
+//! Nothing is reported that the trials did not confirm: a pattern is placed when its product says which axis is which,
+//! values when pattern times values is z, scores when their softmax is the pattern, queries and keys when their product is
+//! the raw score, a final norm when it is one. What fails is left out, with the reason.
+
+mod attention;
+mod head;
+mod lab;
+mod product;
+mod stream;
+
+use attention::{AttentionRead, read_attention};
+use lab::{Lab, Placed};
+use stream::{Streamed, norm_along, stream, sum_error};
+
+use super::{
+    certificate,
+    hooks::{Anatomy, HookPoint},
+    layers::LayerTrace,
+    picture,
+    trace::Trace,
+    trials::Trials,
+};
+use crate::{
+    ipc::info::{Axis, Check, Dims, InputRole, Missing},
+    onnx::{Model, ValueId},
+};
+
+/// Reads the anatomy of a model off its structure and its trials.
+pub fn read(model: &Model, trace: &Trace, trials: &Trials) -> Anatomy {
+    let lab = Lab {
+        model,
+        trace,
+        trials,
+    };
+    let attentions: Vec<Result<AttentionRead, String>> = trace
+        .attentions
+        .iter()
+        .map(|a| read_attention(&lab, a))
+        .collect();
+    let mut found = Found::default();
+    let mut dims = Dims {
+        layers: trace.layers.len(),
+        vocab: trace.vocabulary,
+        ..Dims::default()
+    };
+    let positions = positions(trace, &attentions);
+    for (at, layer) in trace.layers.iter().enumerate() {
+        read_layer(
+            &lab,
+            &mut found,
+            &mut dims,
+            &LayerView {
+                at,
+                layer,
+                positions: positions.as_deref(),
+                attention: layer.attention.map(|i| &attentions[i]),
+                cross: layer.cross_attention.map(|i| &attentions[i]),
+            },
+        );
+    }
+    read_ends(&lab, &mut found, &mut dims, positions.as_deref());
+    let causal = !attentions.is_empty()
+        && trace
+            .layers
+            .iter()
+            .filter_map(|l| l.attention)
+            .all(|i| attentions[i].as_ref().is_ok_and(|a| a.causal));
+    let outputs = head::outputs(&lab, &dims, positions.as_deref());
+    let task = head::task(&lab, &outputs, &dims, causal);
+    head::logits(&lab, &mut found, &outputs, task);
+    let pads = head::pads(&lab, &found, &outputs);
+    head::named_outputs(&lab, &mut found);
+    for rejected in &trace.rejected {
+        found.notes.push(format!(
+            "\"{}\" is a softmax but no attention: {}",
+            model.graph.name(rejected.softmax),
+            rejected.reason
+        ));
+    }
+    if trace.layers.is_empty() {
+        found.lack(
+            "blocks.0.attn.hook_pattern",
+            if trace.start.is_none() {
+                "no input selects rows of a table or flows to an output as data"
+            } else if trace.rejected.is_empty() {
+                "no softmax lies on the way from the input to the output"
+            } else {
+                "no softmax on the way to the output is an attention within a residual block"
+            },
+        );
+    }
+    let mut anatomy = Anatomy {
+        task,
+        inputs: trace.inputs.clone(),
+        outputs,
+        main_output: trace.output,
+        dims,
+        hooks: found.hooks,
+        missing: found.missing,
+        checks: found.checks,
+        pads,
+        notes: found.notes,
+        picture: String::new(),
+    };
+    anatomy.picture = picture::picture(model, trace, &anatomy);
+    anatomy
+}
+
+/// What reading has gathered so far.
+#[derive(Default)]
+struct Found {
+    hooks: Vec<HookPoint>,
+    missing: Vec<Missing>,
+    checks: Vec<Check>,
+    notes: Vec<String>,
+}
+
+impl Found {
+    fn lack(&mut self, hook: &str, reason: &str) {
+        self.missing.push(Missing {
+            hook: hook.to_owned(),
+            reason: reason.to_owned(),
+        });
+    }
+
+    fn add(&mut self, name: String, layer: Option<usize>, placed: &Placed, axes: Vec<Axis>) {
+        if self.hooks.iter().any(|h| h.name == name) {
+            return;
+        }
+        self.hooks.push(HookPoint {
+            name,
+            aliases: Vec::new(),
+            layer,
+            value: placed.value,
+            layout: placed.layout.clone(),
+            dims: placed.dims(),
+            axes,
+            dtype: placed.dtype,
+        });
+    }
+
+    fn add_streamed(&mut self, name: String, layer: Option<usize>, found: Result<Streamed, String>) -> Option<Placed> {
+        match found {
+            Ok(s) => {
+                self.add(name, layer, &s.placed, s.axes);
+                Some(s.placed)
+            }
+            Err(reason) => {
+                self.lack(&name, &reason);
+                None
+            }
+        }
+    }
+
+    fn add_placed(&mut self, name: String, layer: usize, found: &Result<Placed, String>, axes: &[Axis]) {
+        match found {
+            Ok(placed) => self.add(name, Some(layer), placed, axes.to_vec()),
+            Err(reason) => self.lack(&name, reason),
+        }
+    }
+
+    fn alias(&mut self, name: &str, alias: String) {
+        if let Some(hook) = self.hooks.iter_mut().find(|h| h.name == name) {
+            hook.aliases.push(alias);
+        }
+    }
+
+    /// Takes a hook point back: its check failed.
+    fn withdraw(&mut self, name: &str, reason: &str) {
+        let before = self.hooks.len();
+        self.hooks.retain(|h| h.name != name);
+        if self.hooks.len() < before {
+            self.lack(name, reason);
+        }
+    }
+
+    /// Notes a check; a failed one withdraws the hook points that it is about.
+    fn check(&mut self, check: Check, about: &[String]) {
+        if !check.passed {
+            let reason = format!(
+                "the check \"{}\" failed on {}: {:.1e} where {:.1e} is allowed",
+                check.name, check.subject, check.measured, check.tolerance
+            );
+            for hook in about {
+                self.withdraw(hook, &reason);
+            }
+        }
+        self.checks.push(check);
+    }
+}
+
+/// Positions of the stream in every run: what the attentions of layers ask from, where they are not windows.
+fn positions(trace: &Trace, attentions: &[Result<AttentionRead, String>]) -> Option<Vec<usize>> {
+    trace
+        .layers
+        .iter()
+        .filter_map(|l| attentions[l.attention?].as_ref().ok())
+        .find(|a| !a.windowed)
+        .map(|a| a.queries.clone())
+}
+
+struct LayerView<'a> {
+    at: usize,
+    layer: &'a LayerTrace,
+    positions: Option<&'a [usize]>,
+    attention: Option<&'a Result<AttentionRead, String>>,
+    cross: Option<&'a Result<AttentionRead, String>>,
+}
+
+fn read_layer(lab: &Lab<'_>, found: &mut Found, dims: &mut Dims, view: &LayerView<'_>) {
+    let l = view.at;
+    let name = |inside: &str| format!("blocks.{l}.{inside}");
+    let positions = view.positions;
+    let see = |value: ValueId| stream(lab, value, positions, Axis::DModel);
+
+    let pre = found.add_streamed(name("hook_resid_pre"), Some(l), see(view.layer.start));
+    found.alias(&name("hook_resid_pre"), format!("hidden_states.{l}"));
+    if dims.d_model.is_none() {
+        dims.d_model = pre.as_ref().and_then(|p| p.dims().last().copied().flatten());
+    }
+    match view.attention {
+        Some(Ok(a)) => add_attention(lab, found, dims, l, "attn", a),
+        Some(Err(reason)) => found.lack(&name("attn.hook_pattern"), reason),
+        None => found.lack(
+            &name("attn.hook_pattern"),
+            "the layer mixes positions without a softmax",
+        ),
+    }
+    if let Some(Ok(a)) = view.attention {
+        found.alias(&name("attn.hook_pattern"), format!("attentions.{l}"));
+        let _ = a;
+    }
+    match view.cross {
+        Some(Ok(a)) => add_attention(lab, found, dims, l, "cross_attn", a),
+        Some(Err(reason)) => found.lack(&name("cross_attn.hook_pattern"), reason),
+        None => {}
+    }
+
+    let attention_out = view
+        .layer
+        .attention_out
+        .and_then(|v| found.add_streamed(name("hook_attn_out"), Some(l), see(v)));
+    let mid = match (&view.layer.attention_block, &view.layer.mlp_block) {
+        (Some(a), Some(_)) if !view.layer.parallel => {
+            found.add_streamed(name("hook_resid_mid"), Some(l), see(a.end))
+        }
+        _ => {
+            found.lack(
+                &name("hook_resid_mid"),
+                if view.layer.parallel {
+                    "attention and perceptron read the same stream and are added at once"
+                } else {
+                    "the layer has no perceptron behind an attention"
+                },
+            );
+            None
+        }
+    };
+    let mlp_out = match &view.layer.mlp {
+        Ok(mlp) => {
+            for (hook, value) in [("pre", Some(mlp.pre)), ("pre_linear", mlp.pre_linear)] {
+                if let Some(value) = value {
+                    let seen = stream(lab, value, positions, Axis::DMlp);
+                    found.add_streamed(name(&format!("mlp.hook_{hook}")), Some(l), seen);
+                }
+            }
+            let post = mlp
+                .post
+                .iter()
+                .rev()
+                .map(|v| stream(lab, *v, positions, Axis::DMlp))
+                .find(Result::is_ok)
+                .unwrap_or_else(|| Err("its axes cannot be told apart".to_owned()));
+            if dims.d_mlp.is_none() {
+                dims.d_mlp = post
+                    .as_ref()
+                    .ok()
+                    .and_then(|p| p.placed.dims().last().copied().flatten());
+            }
+            found.add_streamed(name("mlp.hook_post"), Some(l), post);
+            found.add_streamed(name("hook_mlp_out"), Some(l), see(mlp.out))
+        }
+        Err(reason) => {
+            for hook in ["mlp.hook_pre", "mlp.hook_post"] {
+                found.lack(&name(hook), reason);
+            }
+            match &view.layer.mlp_block {
+                Some(block) if block.branches.len() == 1 => {
+                    found.add_streamed(name("hook_mlp_out"), Some(l), see(block.branches[0]))
+                }
+                _ => {
+                    found.lack(&name("hook_mlp_out"), reason);
+                    None
+                }
+            }
+        }
+    };
+    let post = found.add_streamed(name("hook_resid_post"), Some(l), see(view.layer.end));
+    check_sums(
+        lab,
+        found,
+        view,
+        &[&pre, &attention_out, &mid, &mlp_out, &post],
+    );
+}
+
+/// `resid_pre + attn_out = resid_mid` and `resid_mid + mlp_out = resid_post`, where the architecture has them.
+fn check_sums(lab: &Lab<'_>, found: &mut Found, view: &LayerView<'_>, placed: &[&Option<Placed>; 5]) {
+    let l = view.at;
+    let name = |inside: &str| format!("blocks.{l}.{inside}");
+    let [pre, attention_out, mid, mlp_out, post] = placed;
+    let scaled = |block: &Option<super::blocks::Block>| {
+        block.as_ref().is_some_and(|b| {
+            let (Some(start), Some(skip)) = (lab.arrays(b.start), lab.arrays(b.skip)) else {
+                return true;
+            };
+            start
+                .iter()
+                .zip(&skip)
+                .any(|(a, b)| a.len() == b.len() && a.iter().zip(b).any(|(x, y)| (x - y).abs() > 1e-3 * y.abs().max(1.0)))
+        })
+    };
+    let mut sum = |what: &str, parts: &[&Placed], total: &Placed, about: &[String]| {
+        let (tolerance, named) = lab.tolerance(parts);
+        found.check(
+            certificate::within(what, sum_error(parts, total), tolerance, named, &format!("blocks.{l}")),
+            about,
+        );
+    };
+    if view.layer.parallel {
+        if let (Some(pre), Some(a), Some(m), Some(post)) = (pre, attention_out, mlp_out, post)
+            && !scaled(&view.layer.attention_block)
+        {
+            sum(
+                certificate::RESID_PARALLEL,
+                &[pre, a, m],
+                post,
+                &[name("hook_attn_out"), name("hook_mlp_out")],
+            );
+        }
+        return;
+    }
+    let starts_here = view
+        .layer
+        .attention_block
+        .as_ref()
+        .is_some_and(|b| b.start == view.layer.start);
+    if let (Some(pre), Some(a)) = (pre, attention_out)
+        && starts_here
+        && let Some(total) = mid.as_ref().or(post.as_ref().filter(|_| view.layer.mlp_block.is_none()))
+        && !scaled(&view.layer.attention_block)
+    {
+        sum(certificate::RESID_MID, &[pre, a], total, &[name("hook_attn_out")]);
+    }
+    if let (Some(m), Some(post), Some(block)) = (mlp_out, post, &view.layer.mlp_block)
+        && block.end == view.layer.end
+        && !scaled(&view.layer.mlp_block)
+        && let Ok(start) = stream(lab, block.start, view.positions, Axis::DModel)
+    {
+        sum(
+            certificate::RESID_POST,
+            &[&start.placed, m],
+            post,
+            &[name("hook_mlp_out")],
+        );
+    }
+}
+
+fn add_attention(
+    lab: &Lab<'_>,
+    found: &mut Found,
+    dims: &mut Dims,
+    l: usize,
+    part: &str,
+    a: &AttentionRead,
+) {
+    let name = |inside: &str| format!("blocks.{l}.{part}.hook_{inside}");
+    let rows = if a.windowed {
+        Axis::Other("window".to_owned())
+    } else {
+        Axis::Batch
+    };
+    let square = [rows.clone(), Axis::Head, Axis::Query, Axis::Key];
+    let kv = match a.kv_heads {
+        Some(n) if n < a.heads => Axis::KvHead,
+        _ => Axis::Head,
+    };
+    let per_head = [rows.clone(), Axis::Pos, Axis::Head, Axis::DHead];
+    let k_heads = |p: &Placed| match p.dims()[2] {
+        Some(n) if n < a.heads => Axis::KvHead,
+        _ => Axis::Head,
+    };
+    found.add_placed(name("pattern"), l, &Ok(a.pattern.clone()), &square);
+    found.add_placed(name("attn_scores"), l, &a.scores, &square);
+    found.add_placed(name("q"), l, &a.q, &per_head);
+    let k_axes = a
+        .k
+        .as_ref()
+        .map_or(per_head.to_vec(), |k| vec![rows.clone(), Axis::Pos, k_heads(k), Axis::DHead]);
+    found.add_placed(name("k"), l, &a.k, &k_axes);
+    found.add_placed(name("v"), l, &a.v, &[rows.clone(), Axis::Pos, kv, Axis::DHead]);
+    found.add_placed(name("z"), l, &a.z, &per_head);
+    for (inside, placed) in [("rot_q", &a.rot_q), ("rot_k", &a.rot_k)] {
+        if let Some(placed) = placed {
+            let axes = vec![rows.clone(), Axis::Pos, k_heads(placed), Axis::DHead];
+            found.add(name(inside), Some(l), placed, axes);
+        }
+    }
+    if part == "attn" {
+        dims.heads = dims.heads.or(Some(a.heads));
+        dims.kv_heads = dims.kv_heads.or(a.kv_heads);
+        dims.d_head = dims.d_head.or(a.d_head);
+    }
+    let subject = format!("blocks.{l}.{part}");
+    let (tolerance, named) = lab.tolerance(&[&a.pattern]);
+    if a.cut {
+        found.notes.push(format!(
+            "the rows of {} sum to less than one: a part of the softmax's output is cut off (a sink)",
+            name("pattern")
+        ));
+    } else {
+        found.check(
+            certificate::within(certificate::ROWS, a.row_sum_error, tolerance, named, &subject),
+            &[name("pattern")],
+        );
+    }
+    if let Some(error) = a.mix_error {
+        found.check(
+            certificate::within(certificate::MIX, error, tolerance, named, &subject),
+            &[name("v"), name("z")],
+        );
+    }
+}
+
+/// Embedding, what follows the last layer, and the aliases that depend on it.
+fn read_ends(lab: &Lab<'_>, found: &mut Found, dims: &mut Dims, positions: Option<&[usize]>) {
+    let trace = lab.trace;
+    let ids = trace.inputs.iter().any(|i| i.role == InputRole::TokenIds);
+    if let Some(embed) = trace.embed {
+        let lengths = lab.trials.lengths();
+        let positions = if ids { Some(&lengths[..]) } else { positions };
+        let seen = stream(lab, embed, positions, Axis::DModel);
+        found.add_streamed("hook_embed".to_owned(), None, seen);
+    }
+    let Some(last) = trace.layers.last() else {
+        return;
+    };
+    found.alias("blocks.0.hook_resid_pre", "hook_embed_out".to_owned());
+    let l = trace.layers.len() - 1;
+    let name = |inside: &str| format!("blocks.{l}.{inside}");
+    let hidden = format!("hidden_states.{}", l + 1);
+    let see = |value: ValueId| stream(lab, value, positions, Axis::DModel);
+    let Ok(end) = see(last.end) else {
+        return;
+    };
+    if dims.d_model.is_none() {
+        dims.d_model = end.placed.dims().last().copied().flatten();
+    }
+    let all: Vec<usize> = positions.map(<[usize]>::to_vec).unwrap_or_default();
+    // A norm behind the sum of every layer: TransformerLens reports the sum, Hugging Face what the norm makes of it.
+    let mut normalises = false;
+    for (at, layer) in trace.layers.iter().enumerate() {
+        let next = match trace.layers.get(at + 1) {
+            Some(next) => Some(next.start),
+            None => trace.tail.get(trace.between_layers).copied(),
+        };
+        if let Some(next) = next
+            && next != layer.end
+            && let (Ok(sum), Ok(normed)) = (see(layer.end), see(next))
+            && stream::is_norm(&sum.placed, &normed.placed)
+        {
+            normalises = true;
+            found.add(
+                format!("blocks.{at}.hook_normalized_resid_post"),
+                Some(at),
+                &normed.placed,
+                normed.axes,
+            );
+        }
+    }
+    if normalises {
+        let normed = name("hook_normalized_resid_post");
+        found.alias(&normed, hidden);
+        found.lack(
+            "ln_final.hook_normalized",
+            "every layer normalises its own output; see hook_normalized_resid_post",
+        );
+        return;
+    }
+    if let Some(leaves) = trace.tail.get(trace.between_layers)
+        && trace.between_layers > 0
+        && let Ok(s) = see(*leaves)
+    {
+        let post = name("hook_resid_post");
+        found.hooks.retain(|h| h.name != post);
+        found.add(post, Some(l), &s.placed, s.axes);
+    }
+    let way = trace.tail.get(trace.between_layers + 1..).unwrap_or_default();
+    match norm_along(lab, &end.placed, way, &all) {
+        Some((_, norm)) => {
+            found.add("ln_final.hook_normalized".to_owned(), None, &norm.placed, norm.axes);
+            // Hugging Face's last hidden state is normalised in models of tokens, and is not in models of pictures.
+            if ids {
+                found.alias("ln_final.hook_normalized", hidden);
+            } else {
+                found.alias(&name("hook_resid_post"), hidden);
+            }
+        }
+        None => {
+            found.lack(
+                "ln_final.hook_normalized",
+                "no norm of the last layer's output follows it",
+            );
+            found.alias(&name("hook_resid_post"), hidden);
+        }
+    }
+}

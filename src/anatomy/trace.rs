@@ -1,0 +1,286 @@
+//! The static part: from a graph alone, where the stream begins and ends, which residual blocks it passes and what
+//! lies in them. What structure cannot tell is left to the trials: the trace lists the values that they must show.
+
+use std::collections::BTreeSet;
+
+use super::{
+    attention::{AttentionTrace, Rejected, Softmax, attention, softmaxes},
+    blocks::blocks,
+    flow::Flow,
+    inputs::{InputTrace, Lookup, calls_itself, lookups, roles},
+    layers::{LayerTrace, layers},
+    ops::is_projection,
+};
+use crate::onnx::{Graph, Model, ValueId};
+
+/// Values after the last layer that may be its norm, the final norm or the head.
+const MAX_TAIL: usize = 32;
+/// Starts tried; a model has one or two.
+const MAX_STARTS: usize = 12;
+
+/// What structure tells about a model.
+#[derive(Clone, Debug)]
+pub struct Trace {
+    /// Inputs and their roles.
+    pub inputs: Vec<InputTrace>,
+    /// Where data begins: the token embedding, or the floating-point input itself.
+    pub start: Option<ValueId>,
+    /// The first representation of the input: the token embedding, or the first product with weights.
+    pub embed: Option<ValueId>,
+    /// Rows of the token table.
+    pub vocabulary: Option<usize>,
+    /// The output that everything leads to.
+    pub output: Option<ValueId>,
+    /// The dominators of the output: the spine.
+    pub chain: Vec<ValueId>,
+    /// Every attention on the way.
+    pub attentions: Vec<AttentionTrace>,
+    /// Layers in order.
+    pub layers: Vec<LayerTrace>,
+    /// Softmaxes that are no attention of a layer.
+    pub rejected: Vec<Rejected>,
+    /// The way on from the end of the last layer, one post-dominator after the other.
+    pub tail: Vec<ValueId>,
+    /// How many steps of `tail` belong to the last layer: as many as lie between any two layers.
+    pub between_layers: usize,
+    /// Between attention and perceptron of a layer lie steps: a norm after the sum.
+    pub norm_after_attention: bool,
+    /// Values whose shapes and contents the next step wants.
+    pub observe: Vec<ValueId>,
+}
+
+/// Reads the structure of a model.
+pub fn trace(model: &Model) -> Trace {
+    let graph = &model.graph;
+    let Some((start, lookup, flow)) = spine(graph) else {
+        return Trace {
+            inputs: roles(graph, None, None, &[]),
+            start: None,
+            embed: None,
+            vocabulary: None,
+            output: None,
+            chain: Vec::new(),
+            attentions: Vec::new(),
+            layers: Vec::new(),
+            rejected: Vec::new(),
+            tail: Vec::new(),
+            between_layers: 0,
+            norm_after_attention: false,
+            observe: graph.outputs().iter().map(|p| p.value).collect(),
+        };
+    };
+    let found = softmaxes(&flow);
+    let (attentions, mut rejected) = sort_out(&flow, &found);
+    let blocks = blocks(&flow, &attentions);
+    let (layers, orphans) = layers(&flow, &blocks, &attentions);
+    rejected.extend(orphans.into_iter().map(|i| Rejected {
+        softmax: attentions[i].softmax.output,
+        reason: "it lies in no residual block of its own".to_owned(),
+    }));
+    let tail = tail(&flow, &layers);
+    let mut trace = Trace {
+        inputs: roles(
+            graph,
+            lookup.as_ref(),
+            Some(start),
+            &found.iter().map(|s| s.node).collect::<Vec<_>>(),
+        ),
+        start: Some(start),
+        embed: embed(&flow, lookup.is_some(), layers.first()),
+        vocabulary: lookup.map(|l| l.rows),
+        output: Some(flow.output()),
+        chain: flow.chain(),
+        between_layers: between_layers(&flow, &layers, &tail),
+        norm_after_attention: layers.iter().any(|l| norm_after_attention(&flow, l)),
+        attentions,
+        layers,
+        rejected,
+        tail,
+        observe: Vec::new(),
+    };
+    trace.observe = observe(graph, &flow, &trace);
+    trace
+}
+
+fn embed(flow: &Flow<'_>, ids: bool, first: Option<&LayerTrace>) -> Option<ValueId> {
+    if ids {
+        return Some(flow.start());
+    }
+    flow.chain_to(first?.start)
+        .into_iter()
+        .find(|v| flow.maker(*v).is_some_and(|(_, n)| is_projection(flow, n)))
+}
+
+fn sort_out(flow: &Flow<'_>, found: &[Softmax]) -> (Vec<AttentionTrace>, Vec<Rejected>) {
+    let mut attentions: Vec<AttentionTrace> = Vec::new();
+    let mut rejected = Vec::new();
+    for softmax in found {
+        match attention(flow, *softmax) {
+            Ok(a) => attentions.push(a),
+            Err(reason) => rejected.push(Rejected {
+                softmax: softmax.output,
+                reason,
+            }),
+        }
+    }
+    (attentions, rejected)
+}
+
+/// Start, lookup (for ids) and flow that hold the most of the model.
+fn spine(graph: &Graph) -> Option<(ValueId, Option<Lookup>, Flow<'_>)> {
+    let mut all = lookups(graph);
+    // Stable: of one input, the first lookup in the graph.
+    all.sort_by_key(|l| std::cmp::Reverse(preference(graph, l)));
+    all.dedup_by_key(|l| l.input);
+    let mut starts: Vec<(ValueId, Option<Lookup>)> =
+        all.into_iter().map(|l| (l.output, Some(l))).collect();
+    starts.extend(
+        graph
+            .inputs()
+            .filter(|p| p.dtype().is_some_and(crate::tensor::DType::is_float))
+            .map(|p| (p.value, None)),
+    );
+    let ids = starts.iter().any(|(_, l)| l.as_ref().is_some_and(|l| l.direct));
+    let mut best: Option<(usize, ValueId, Option<Lookup>, Flow<'_>)> = None;
+    for (start, lookup) in starts.into_iter().take(MAX_STARTS) {
+        if ids && lookup.is_none() && best.as_ref().is_some_and(|b| b.0 > 0) {
+            continue;
+        }
+        let Some(flow) = main_flow(graph, start) else {
+            continue;
+        };
+        let found = softmaxes(&flow);
+        let count = sort_out(&flow, &found).0.len();
+        if best.as_ref().is_none_or(|b| count > b.0) {
+            best = Some((count, start, lookup, flow));
+        }
+    }
+    best.map(|(_, start, lookup, flow)| (start, lookup, flow))
+}
+
+/// Larger is likelier to be the tokens.
+fn preference(graph: &Graph, lookup: &Lookup) -> (bool, bool, bool, usize) {
+    let other = calls_itself(
+        graph.name(lookup.input),
+        &["position", "type", "segment", "mask"],
+    );
+    (lookup.direct, !other, lookup.tied, lookup.rows)
+}
+
+/// The flow to the output that most of the graph leads to.
+fn main_flow(graph: &Graph, start: ValueId) -> Option<Flow<'_>> {
+    let mut best: Option<(usize, Flow<'_>)> = None;
+    for port in graph.outputs() {
+        if let Some(flow) = Flow::new(graph, start, port.value) {
+            let size = flow.size();
+            if best.as_ref().is_none_or(|b| size > b.0) {
+                best = Some((size, flow));
+            }
+        }
+    }
+    best.map(|(_, flow)| flow)
+}
+
+/// Post-dominators from the end of the last layer on, that end first.
+fn tail(flow: &Flow<'_>, layers: &[LayerTrace]) -> Vec<ValueId> {
+    let Some(last) = layers.last() else {
+        return Vec::new();
+    };
+    let mut tail = vec![last.end];
+    while let Some(next) = tail.last().and_then(|v| flow.post_dominator(*v)) {
+        tail.push(next);
+        if tail.len() > MAX_TAIL {
+            break;
+        }
+    }
+    tail
+}
+
+/// Steps from `from` to `to` along the dominators of `to`.
+fn steps(flow: &Flow<'_>, from: ValueId, to: ValueId) -> Option<Vec<ValueId>> {
+    let mut way = vec![to];
+    let mut at = to;
+    while at != from {
+        at = flow.dominator(at)?;
+        if flow.order(at) < flow.order(from) {
+            return None;
+        }
+        way.push(at);
+    }
+    way.reverse();
+    Some(way)
+}
+
+/// How many values the last layer still has after its sum, judged by what lies between layers before, or between
+/// attention and perceptron when there is only one.
+fn between_layers(flow: &Flow<'_>, layers: &[LayerTrace], tail: &[ValueId]) -> usize {
+    let op = |v: &ValueId| flow.maker(*v).map(|(_, n)| n.op.clone());
+    let pattern = layers
+        .windows(2)
+        .rev()
+        .find_map(|w| steps(flow, w[0].end, w[1].start))
+        .or_else(|| {
+            let only = layers.first()?;
+            let (a, m) = (only.attention_block.as_ref()?, only.mlp_block.as_ref()?);
+            steps(flow, a.end, m.start)
+        })
+        .unwrap_or_default();
+    let same = pattern
+        .iter()
+        .skip(1)
+        .zip(tail.iter().skip(1))
+        .take_while(|(a, b)| op(a) == op(b))
+        .count();
+    if same == pattern.len().saturating_sub(1) {
+        same
+    } else {
+        0
+    }
+}
+
+fn norm_after_attention(flow: &Flow<'_>, layer: &LayerTrace) -> bool {
+    match (&layer.attention_block, &layer.mlp_block) {
+        (Some(a), Some(m)) if a.end != m.start => flow.dominates(a.end, m.start),
+        _ => false,
+    }
+}
+
+/// Everything that reading the anatomy may look at.
+fn observe(graph: &Graph, flow: &Flow<'_>, trace: &Trace) -> Vec<ValueId> {
+    let mut wanted = BTreeSet::from([flow.start(), flow.output()]);
+    wanted.extend(graph.outputs().iter().map(|p| p.value));
+    wanted.extend(&trace.tail);
+    if let Some(first) = trace.layers.first() {
+        wanted.extend(flow.chain_to(first.start));
+    }
+    for a in &trace.attentions {
+        wanted.insert(a.softmax.scores);
+        wanted.insert(a.softmax.output);
+        for list in [&a.pattern, &a.value, &a.z] {
+            wanted.extend(list);
+        }
+        if let Ok(score) = &a.score {
+            for list in [&score.left, &score.right, &score.path] {
+                wanted.extend(list);
+            }
+        }
+    }
+    for layer in &trace.layers {
+        wanted.extend([layer.start, layer.end]);
+        wanted.extend(layer.attention_out);
+        for block in [&layer.attention_block, &layer.mlp_block].into_iter().flatten() {
+            wanted.extend([block.start, block.skip, block.end]);
+            wanted.extend(&block.branches);
+        }
+        if let Ok(mlp) = &layer.mlp {
+            wanted.extend([mlp.pre, mlp.out]);
+            wanted.extend(mlp.pre_linear);
+            wanted.extend(&mlp.post);
+        }
+    }
+    // Constants and inputs are known without a run.
+    wanted
+        .into_iter()
+        .filter(|v| graph.producer(*v).is_some())
+        .collect()
+}

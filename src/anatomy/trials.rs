@@ -1,0 +1,323 @@
+//! Seeded inputs for the runs that measure a model, and what the runs showed.
+//!
+//! Every plan has three runs whose batch and length differ such that an axis that follows one of them can be told
+//! from every fixed one. The rows carry relations that tell folded axes apart and show what padding does:
+//! - run [`Trials::TWINS`]: its last row equals its first, and its second differs;
+//! - run [`Trials::PADDED`]: its second row is the second row of the twins, padded at the end under a zero mask.
+
+use std::collections::BTreeMap;
+
+use super::{
+    inputs::{InputTrace, is_integer},
+    trace::Trace,
+};
+use crate::{
+    ipc::info::InputRole,
+    onnx::{Dim, ValueId},
+    tensor::{DType, Tensor},
+};
+
+/// Inputs of one run.
+#[derive(Clone, Debug)]
+pub struct TrialRun {
+    /// Rows.
+    pub batch: usize,
+    /// Tokens per row; for inputs that are no tokens, whatever stands for it.
+    pub length: usize,
+    /// Named inputs, all that the model has.
+    pub inputs: Vec<(String, Tensor)>,
+}
+
+/// Three runs to measure a model by. Several plans are offered since a model may refuse some lengths: take the first
+/// of which every run succeeds.
+#[derive(Clone, Debug)]
+pub struct TrialPlan {
+    /// The runs.
+    pub runs: Vec<TrialRun>,
+}
+
+/// What the runs of a plan showed.
+#[derive(Clone, Debug)]
+pub struct Trials {
+    /// The plan that was run.
+    pub plan: TrialPlan,
+    values: Vec<BTreeMap<ValueId, Tensor>>,
+}
+
+impl Trials {
+    /// Run whose last row equals its first.
+    pub const TWINS: usize = 1;
+    /// Run whose second row is padded.
+    pub const PADDED: usize = 2;
+
+    /// Nothing seen yet.
+    pub fn new(plan: TrialPlan) -> Self {
+        let values = vec![BTreeMap::new(); plan.runs.len()];
+        Trials { plan, values }
+    }
+
+    /// Notes what a run showed of a value.
+    pub fn record(&mut self, run: usize, value: ValueId, tensor: Tensor) {
+        if let Some(values) = self.values.get_mut(run) {
+            values.insert(value, tensor);
+        }
+    }
+
+    /// What a run showed of a value.
+    pub fn value(&self, run: usize, value: ValueId) -> Option<&Tensor> {
+        self.values.get(run)?.get(&value)
+    }
+
+    /// A value in all runs; nothing when one did not show it.
+    pub fn all(&self, value: ValueId) -> Option<Vec<&Tensor>> {
+        (0..self.values.len())
+            .map(|run| self.value(run, value))
+            .collect()
+    }
+
+    /// Rows of each run.
+    pub fn batches(&self) -> Vec<usize> {
+        self.plan.runs.iter().map(|r| r.batch).collect()
+    }
+
+    /// Tokens per row of each run.
+    pub fn lengths(&self) -> Vec<usize> {
+        self.plan.runs.iter().map(|r| r.length).collect()
+    }
+
+    /// Number of runs.
+    pub fn runs(&self) -> usize {
+        self.plan.runs.len()
+    }
+}
+
+/// The plans to try, likeliest first.
+pub fn trial_plans(trace: &Trace) -> Vec<TrialPlan> {
+    let fixed = Fixed::of(trace);
+    let lengths: &[(usize, usize)] = if fixed.length.is_some() {
+        &[(0, 0)]
+    } else if trace.inputs.iter().any(|i| i.role == InputRole::TokenIds) {
+        &[(7, 11), (16, 32), (64, 128)]
+    } else {
+        &[(32, 32), (224, 224), (64, 64), (7, 11), (96, 160), (1600, 2400), (8000, 12000)]
+    };
+    let batches: &[[usize; 3]] = if fixed.batch.is_some() {
+        &[[0; 3]]
+    } else {
+        &[[2, 3, 3], [1, 1, 1]]
+    };
+    let mut plans = Vec::new();
+    for batch in batches {
+        for (short, long) in lengths {
+            plans.push(plan(trace, &fixed, *batch, [*short, *short, *long]));
+        }
+    }
+    plans
+}
+
+/// Extents that the inputs leave no choice of.
+struct Fixed {
+    batch: Option<usize>,
+    length: Option<usize>,
+}
+
+impl Fixed {
+    fn of(trace: &Trace) -> Self {
+        let main = trace
+            .inputs
+            .iter()
+            .find(|i| matches!(i.role, InputRole::TokenIds | InputRole::Pixels));
+        let extent = |axis: usize| match main?.dims.get(axis)? {
+            Dim::Fixed(n) => usize::try_from(*n).ok(),
+            Dim::Named(_) | Dim::Unknown => None,
+        };
+        let length = match main {
+            Some(i) if i.role == InputRole::Pixels => i
+                .dims
+                .iter()
+                .skip(1)
+                .all(|d| matches!(d, Dim::Fixed(_)))
+                .then_some(1),
+            _ => extent(1),
+        };
+        Fixed {
+            batch: extent(0),
+            length,
+        }
+    }
+}
+
+fn plan(trace: &Trace, fixed: &Fixed, batches: [usize; 3], lengths: [usize; 3]) -> TrialPlan {
+    let sizes: Vec<(usize, usize)> = batches
+        .iter()
+        .zip(lengths)
+        .map(|(b, l)| (fixed.batch.unwrap_or(*b), fixed.length.unwrap_or(l)))
+        .collect();
+    let mut runs: Vec<TrialRun> = Vec::new();
+    for (run, (batch, length)) in sizes.iter().copied().enumerate() {
+        let mut inputs = Vec::new();
+        for input in &trace.inputs {
+            let shape = shape(trace, input, batch, length);
+            let mut tensor = fill(input, run, &shape);
+            if run == Trials::TWINS && batch > 2 && shape.first() == Some(&batch) {
+                tensor = copy_row(&tensor, 0, batch - 1);
+            }
+            if run == Trials::PADDED && batch > 1 && length > sizes[Trials::TWINS].1 {
+                let twins = &runs[Trials::TWINS];
+                if let Some((_, short)) = twins.inputs.iter().find(|(n, _)| *n == input.name) {
+                    tensor = pad_row(&tensor, short, input.role == InputRole::AttentionMask);
+                }
+            }
+            inputs.push((input.name.clone(), tensor));
+        }
+        runs.push(TrialRun {
+            batch,
+            length,
+            inputs,
+        });
+    }
+    TrialPlan { runs }
+}
+
+/// Extents of an input: declared numbers as they are, equal names equal extents, the rest by position.
+fn shape(trace: &Trace, input: &InputTrace, batch: usize, length: usize) -> Vec<usize> {
+    let main = trace
+        .inputs
+        .iter()
+        .find(|i| matches!(i.role, InputRole::TokenIds | InputRole::Pixels));
+    let named = |dim: &Dim| -> Option<usize> {
+        let Dim::Named(_) = dim else { return None };
+        let main = main?;
+        let at = main.dims.iter().position(|d| d == dim)?;
+        Some(match at {
+            0 => batch,
+            _ => length,
+        })
+    };
+    let rank = input.dims.len();
+    input
+        .dims
+        .iter()
+        .enumerate()
+        .map(|(axis, dim)| match dim {
+            Dim::Fixed(n) => usize::try_from(*n).unwrap_or(1),
+            Dim::Named(_) | Dim::Unknown => match (input.role, axis) {
+                (_, 0) => batch,
+                _ if input.past => 0,
+                // Channels of pictures.
+                (InputRole::Pixels, 1) if rank == 4 => 3,
+                _ => named(dim).unwrap_or(length),
+            },
+        })
+        .collect()
+}
+
+fn fill(input: &InputTrace, run: usize, shape: &[usize]) -> Tensor {
+    let count: usize = shape.iter().product();
+    let mut random = Random::new(&input.name, run);
+    let values: Vec<f64> = match input.role {
+        InputRole::TokenIds => {
+            let rows = input.rows.unwrap_or(2).max(2);
+            // Special tokens stand at the front of most vocabularies; keep clear of them.
+            let low = (rows / 4).min(1000);
+            (0..count)
+                .map(|_| (low + random.below(rows - low)) as f64)
+                .collect()
+        }
+        InputRole::AttentionMask => vec![1.0; count],
+        InputRole::TypeIds => {
+            let rows = input.rows.unwrap_or(1).clamp(1, 2);
+            (0..count).map(|_| random.below(rows) as f64).collect()
+        }
+        InputRole::PositionIds => {
+            let width = shape.last().copied().unwrap_or(1).max(1);
+            (0..count).map(|i| (i % width) as f64).collect()
+        }
+        InputRole::Pixels => (0..count).map(|_| random.normal()).collect(),
+        InputRole::Other if is_integer(input.dtype) => vec![1.0; count],
+        InputRole::Other => (0..count).map(|_| 1.0).collect(),
+    };
+    tensor(input.dtype, shape, &values)
+}
+
+fn tensor(dtype: DType, shape: &[usize], values: &[f64]) -> Tensor {
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // small numbers by construction
+    let bytes: Vec<u8> = values
+        .iter()
+        .flat_map(|v| match dtype {
+            DType::F32 => (*v as f32).to_le_bytes().to_vec(),
+            DType::F64 => v.to_le_bytes().to_vec(),
+            DType::F16 => half::f16::from_f64(*v).to_le_bytes().to_vec(),
+            DType::Bf16 => half::bf16::from_f64(*v).to_le_bytes().to_vec(),
+            DType::I64 | DType::U64 => (*v as i64).to_le_bytes().to_vec(),
+            DType::I32 | DType::U32 => (*v as i32).to_le_bytes().to_vec(),
+            DType::I16 | DType::U16 => (*v as i16).to_le_bytes().to_vec(),
+            DType::I8 | DType::U8 | DType::Bool => vec![*v as u8],
+        })
+        .collect();
+    Tensor::new(dtype, shape.to_vec(), bytes.into()).expect("one element for every value")
+}
+
+/// The tensor with row `to` equal to row `from`.
+fn copy_row(tensor: &Tensor, from: usize, to: usize) -> Tensor {
+    let rows = tensor.shape()[0];
+    let size = tensor.bytes().len() / rows.max(1);
+    let mut bytes = tensor.bytes().to_vec();
+    bytes.copy_within(from * size..(from + 1) * size, to * size);
+    Tensor::new(tensor.dtype(), tensor.shape().to_vec(), bytes.into())
+        .expect("the shape is unchanged")
+}
+
+/// The tensor with its row 1 begun by row 1 of a shorter one; behind it a mask is zero.
+fn pad_row(tensor: &Tensor, short: &Tensor, mask: bool) -> Tensor {
+    let (long_shape, short_shape) = (tensor.shape(), short.shape());
+    if long_shape.len() != 2 || short_shape.len() != 2 || short_shape[0] < 2 {
+        return tensor.clone();
+    }
+    let size = tensor.dtype().size();
+    let (long, short_len) = (long_shape[1] * size, short_shape[1] * size);
+    let mut bytes = tensor.bytes().to_vec();
+    let kept = short_len.min(long);
+    bytes[long..long + kept].copy_from_slice(&short.bytes()[short_len..short_len + kept]);
+    if mask {
+        bytes[long + kept..2 * long].fill(0);
+    }
+    Tensor::new(tensor.dtype(), long_shape.to_vec(), bytes.into()).expect("the shape is unchanged")
+}
+
+/// splitmix64: small, seeded, the same on every machine.
+struct Random(u64);
+
+impl Random {
+    fn new(name: &str, run: usize) -> Self {
+        let seed = name
+            .bytes()
+            .fold(0xcbf2_9ce4_8422_2325u64, |h, b| {
+                (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
+            });
+        Random(seed.wrapping_add(run as u64))
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, n: usize) -> usize {
+        (self.next() % (n.max(1) as u64)) as usize
+    }
+
+    /// In [0, 1).
+    fn unit(&mut self) -> f64 {
+        (self.next() >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    /// Normal, by Box and Muller.
+    fn normal(&mut self) -> f64 {
+        let (u, v) = (self.unit().max(1e-12), self.unit());
+        (-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos()
+    }
+}
