@@ -69,7 +69,11 @@ impl Runner {
 
     pub fn run(&self, inputs: &[(String, Tensor)]) -> Result<Named, String> {
         let mut session = self.session.lock().expect("no run panics");
-        let names: Vec<String> = session.inputs().iter().map(|i| i.name().to_owned()).collect();
+        let names: Vec<String> = session
+            .inputs()
+            .iter()
+            .map(|i| i.name().to_owned())
+            .collect();
         let fed: Vec<(String, SessionInputValue<'_>)> = names
             .into_iter()
             .filter_map(|name| {
