@@ -57,7 +57,7 @@ const PURE: &[&str] = &["tensor", "onnx", "anatomy", "rewrite"];
 const UNSAFE: &[&str] = &[
     "src/onnx/mapped.rs",
     "src/ipc/shm.rs",
-    "src/worker/weights.rs",
+    "src/worker/native.rs",
 ];
 
 struct Source {

@@ -22,7 +22,9 @@ use std::collections::{HashMap, VecDeque};
 
 use super::{
     flow::Flow,
-    ops::{is_copy, is_layout, is_projection, is_scale, is_shift, live_product, only_source, walk_back},
+    ops::{
+        is_copy, is_layout, is_projection, is_scale, is_shift, live_product, only_source, walk_back,
+    },
 };
 use crate::onnx::{Node, NodeId, ValueId};
 
@@ -272,11 +274,7 @@ pub fn between(flow: &Flow<'_>, from: ValueId, to: ValueId) -> Vec<NodeId> {
             if !nodes.contains(&id) {
                 nodes.push(id);
             }
-            open.extend(
-                flow.sources(node)
-                    .into_iter()
-                    .filter(|s| seen.insert(*s)),
-            );
+            open.extend(flow.sources(node).into_iter().filter(|s| seen.insert(*s)));
         }
     }
     nodes

@@ -143,9 +143,9 @@ fn unnest(flow: &Flow<'_>, found: Vec<Block>, attentions: &[AttentionTrace]) -> 
     let long: Vec<bool> = found
         .iter()
         .map(|outer| {
-            found
-                .iter()
-                .any(|inner| nested(inner, outer) && attentions.iter().any(|a| holds(flow, inner, a)))
+            found.iter().any(|inner| {
+                nested(inner, outer) && attentions.iter().any(|a| holds(flow, inner, a))
+            })
         })
         .collect();
     let kept: Vec<Block> = found

@@ -19,7 +19,13 @@ pub const RESID_PARALLEL: &str = "resid_pre + attn_out + mlp_out == resid_post";
 pub const LOGITS: &str = "exposed logits == plain logits";
 
 /// A check that passes when what was measured is within the tolerance. What is no number fails.
-pub fn within(name: &str, measured: f64, tolerance: f64, tolerance_name: &str, subject: &str) -> Check {
+pub fn within(
+    name: &str,
+    measured: f64,
+    tolerance: f64,
+    tolerance_name: &str,
+    subject: &str,
+) -> Check {
     Check {
         name: name.to_owned(),
         passed: measured <= tolerance,
@@ -32,8 +38,15 @@ pub fn within(name: &str, measured: f64, tolerance: f64, tolerance_name: &str, s
 
 /// Compares the output of a variant with that of the file as it is, relative to the largest magnitude.
 pub fn same_logits(exposed: &Tensor, plain: &Tensor, output: &str) -> Check {
-    let half = !matches!(plain.dtype(), crate::tensor::DType::F32 | crate::tensor::DType::F64);
-    let (tolerance, named) = if half { (2e-2, "Half") } else { (1e-4, "Rewritten") };
+    let half = !matches!(
+        plain.dtype(),
+        crate::tensor::DType::F32 | crate::tensor::DType::F64
+    );
+    let (tolerance, named) = if half {
+        (2e-2, "Half")
+    } else {
+        (1e-4, "Rewritten")
+    };
     within(LOGITS, distance(exposed, plain), tolerance, named, output)
 }
 
@@ -59,7 +72,11 @@ pub fn distance(a: &Tensor, b: &Tensor) -> f64 {
     for v in y.iter().filter(|v| v.is_finite()) {
         scale = scale.max(f64::from(v.abs()));
     }
-    if largest == 0.0 { 0.0 } else { largest / scale.max(f64::MIN_POSITIVE) }
+    if largest == 0.0 {
+        0.0
+    } else {
+        largest / scale.max(f64::MIN_POSITIVE)
+    }
 }
 
 #[cfg(test)]

@@ -281,12 +281,7 @@ fn foreign(graph: &Graph, values: usize) -> Vec<bool> {
     reached
 }
 
-fn backwards(
-    graph: &Graph,
-    live: &[bool],
-    output: ValueId,
-    values: usize,
-) -> (Vec<bool>, Tree) {
+fn backwards(graph: &Graph, live: &[bool], output: ValueId, values: usize) -> (Vec<bool>, Tree) {
     let mut towards = vec![false; values];
     let mut tree = Tree::new(values);
     // The nearest common post-dominator of what the consumers seen so far lead to.

@@ -3,10 +3,7 @@
 //! Names and meaning are TransformerLens's; Hugging Face's `hidden_states.{i}` and `attentions.{i}` are aliases, and so are
 //! TransformerLens's short forms (`resid_post.10`, `pattern.3`). `value:NAME` is any value of the file.
 
-use super::{
-    inputs::InputTrace,
-    layout::Layout,
-};
+use super::{inputs::InputTrace, layout::Layout};
 use crate::{
     ipc::info::{Axis, Check, Dims, Missing, Task},
     onnx::{Model, ValueId},
@@ -71,6 +68,10 @@ pub struct Anatomy {
     pub checks: Vec<Check>,
     /// Rows of different length may share a batch: a padded row gave what it gave alone.
     pub pads: bool,
+    /// Rows that a run must have, when the model runs with no other number.
+    pub fixed_batch: Option<usize>,
+    /// Tokens that a row must have, when the model runs with no other number.
+    pub fixed_length: Option<usize>,
     /// Remarks for people.
     pub notes: Vec<String>,
     /// The model as a picture in text.
@@ -151,7 +152,11 @@ pub fn expand(name: &str) -> Option<String> {
     let layer: usize = layer.parse().ok()?;
     let short = short.strip_prefix("hook_").unwrap_or(short);
     let inside = match short {
-        "resid_pre" | "resid_mid" | "resid_post" | "normalized_resid_post" | "attn_out"
+        "resid_pre"
+        | "resid_mid"
+        | "resid_post"
+        | "normalized_resid_post"
+        | "attn_out"
         | "mlp_out" => format!("hook_{short}"),
         "q" | "k" | "v" | "z" | "rot_q" | "rot_k" | "attn_scores" | "pattern" => {
             format!("attn.hook_{short}")
@@ -188,7 +193,13 @@ mod tests {
 
     #[test]
     fn other_names_have_no_short_form() {
-        for name in ["logits", "resid_post", "resid_post.x", "hidden_states.3", "nonsense.1"] {
+        for name in [
+            "logits",
+            "resid_post",
+            "resid_post.x",
+            "hidden_states.3",
+            "nonsense.1",
+        ] {
             assert_eq!(expand(name), None, "{name}");
         }
     }

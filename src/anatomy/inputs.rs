@@ -80,7 +80,8 @@ pub(super) fn lookups(graph: &Graph) -> Vec<Lookup> {
         if node.is("Shape") || node.is("Size") {
             continue;
         }
-        let origins: Vec<(ValueId, bool)> = node.reads().filter_map(|v| from.get(&v).copied()).collect();
+        let origins: Vec<(ValueId, bool)> =
+            node.reads().filter_map(|v| from.get(&v).copied()).collect();
         let Some((input, _)) = origins.first().copied() else {
             continue;
         };
@@ -118,7 +119,14 @@ pub(super) fn lookups(graph: &Graph) -> Vec<Lookup> {
 pub(super) fn is_integer(dtype: DType) -> bool {
     matches!(
         dtype,
-        DType::I8 | DType::I16 | DType::I32 | DType::I64 | DType::U8 | DType::U16 | DType::U32 | DType::U64
+        DType::I8
+            | DType::I16
+            | DType::I32
+            | DType::I64
+            | DType::U8
+            | DType::U16
+            | DType::U32
+            | DType::U64
     )
 }
 
@@ -152,8 +160,14 @@ fn constants(graph: &Graph) -> HashMap<ValueId, Vec<usize>> {
         })
         .collect();
     for (_, node) in graph.nodes() {
-        let keeps = ["Cast", "Identity", "DequantizeLinear", "Dropout", "Transpose"]
-            .contains(&node.op.as_str());
+        let keeps = [
+            "Cast",
+            "Identity",
+            "DequantizeLinear",
+            "Dropout",
+            "Transpose",
+        ]
+        .contains(&node.op.as_str());
         if keeps
             && let Some(Some(input)) = node.inputs.first()
             && let Some(mut shape) = found.get(input).cloned()
@@ -222,9 +236,9 @@ pub(super) fn roles(
                 InputRole::PositionIds
             } else {
                 let reached = reach(graph, port.value);
-                let masks = softmaxes.iter().any(|n| {
-                    graph.node(*n).reads().any(|v| reached.contains(&v))
-                });
+                let masks = softmaxes
+                    .iter()
+                    .any(|n| graph.node(*n).reads().any(|v| reached.contains(&v)));
                 if masks && dims.len() >= 2 {
                     InputRole::AttentionMask
                 } else {

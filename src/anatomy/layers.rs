@@ -80,7 +80,10 @@ pub fn layers(
         })
         .collect();
     let groups = group(&parts);
-    (groups.into_iter().map(|g| layer(&parts, g)).collect(), orphans)
+    (
+        groups.into_iter().map(|g| layer(&parts, g)).collect(),
+        orphans,
+    )
 }
 
 fn part(
@@ -90,9 +93,13 @@ fn part(
     owner: &[Option<usize>],
     attentions: &[AttentionTrace],
 ) -> Part {
-    let mine: Vec<usize> = (0..attentions.len())
+    let mut mine: Vec<usize> = (0..attentions.len())
         .filter(|i| owner[*i] == Some(at))
         .collect();
+    // Beside an attention a branch may normalise other weights (of a kernel, of heads): scores come from a product.
+    if mine.len() > 1 && mine.iter().any(|i| attentions[*i].score.is_ok()) {
+        mine.retain(|i| attentions[*i].score.is_ok());
+    }
     let [one] = mine[..] else {
         let out = block.branches[0];
         let found = mlp(flow, block.start, out);
@@ -172,7 +179,7 @@ fn group(parts: &[Part]) -> Vec<Vec<usize>> {
         .map(|(i, _)| i)
         .collect();
     let Some((first, last)) = attention_at.first().zip(attention_at.last()) else {
-        return Vec::new();
+        return mixed(parts);
     };
     let spell = |range: std::ops::Range<usize>| -> String {
         parts[range]
@@ -185,6 +192,11 @@ fn group(parts: &[Part]) -> Vec<Vec<usize>> {
             })
             .collect()
     };
+    // A mixer and its perceptron, the mixer standing behind another perceptron or first of all.
+    let whole = spell(0..parts.len());
+    if whole.starts_with("OM") || whole.contains("MOM") {
+        return mixed(parts);
+    }
     let gaps: Vec<String> = attention_at
         .windows(2)
         .map(|w| spell(w[0] + 1..w[1]))
@@ -211,12 +223,15 @@ fn group(parts: &[Part]) -> Vec<Vec<usize>> {
         let until = tail.chars().take_while(|k| *k != 'O').count();
         return vec![(*first..=*first + until).collect()];
     }
-    // Mixed: a mixer that a perceptron follows opens a layer as an attention does.
+    mixed(parts)
+}
+
+/// Layers of several kinds: a mixer that a perceptron follows opens a layer as an attention does.
+fn mixed(parts: &[Part]) -> Vec<Vec<usize>> {
     let mut groups: Vec<Vec<usize>> = Vec::new();
     for (i, p) in parts.iter().enumerate() {
         let opens = matches!(p.kind, Kind::Attention(_))
-            || (p.kind == Kind::Other
-                && parts.get(i + 1).is_some_and(|n| n.kind == Kind::Mlp));
+            || (p.kind == Kind::Other && parts.get(i + 1).is_some_and(|n| n.kind == Kind::Mlp));
         if opens {
             groups.push(vec![i]);
         } else if matches!(p.kind, Kind::Mlp | Kind::Cross(_))

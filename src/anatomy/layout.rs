@@ -221,7 +221,11 @@ impl Search<'_> {
             {
                 continue;
             }
-            let rest: Vec<usize> = left.iter().zip(&target.extents).map(|(l, e)| l / e).collect();
+            let rest: Vec<usize> = left
+                .iter()
+                .zip(&target.extents)
+                .map(|(l, e)| l / e)
+                .collect();
             self.used[i] = true;
             parts.push(i);
             self.fill(&rest, parts);
@@ -330,7 +334,11 @@ mod tests {
         });
         let batch_major = l[0].apply(&raw, 2).unwrap();
         assert_eq!(batch_major.shape(), [2, 7, 4, 8]);
-        assert_eq!(l.len(), 2, "batch outside or heads outside: contents decide");
+        assert_eq!(
+            l.len(),
+            2,
+            "batch outside or heads outside: contents decide"
+        );
         let values: Vec<f32> = l
             .iter()
             .map(|l| l.apply(&raw, 2).unwrap()[[1, 5, 2, 3]])

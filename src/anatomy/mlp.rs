@@ -42,10 +42,7 @@ pub fn mlp(flow: &Flow<'_>, start: ValueId, out: ValueId) -> Result<MlpTrace, St
     let (pre, pre_linear) = match sources[..] {
         [one] if bends(flow, one, made, None) => (one, None),
         [_] => return Err("no activation lies between its products".to_owned()),
-        [a, b] => match (
-            bends(flow, a, made, Some(b)),
-            bends(flow, b, made, Some(a)),
-        ) {
+        [a, b] => match (bends(flow, a, made, Some(b)), bends(flow, b, made, Some(a))) {
             (true, false) => (a, Some(b)),
             (false, true) => (b, Some(a)),
             _ => return Err("neither or both of its two factors pass an activation".to_owned()),
@@ -90,7 +87,11 @@ fn down(flow: &Flow<'_>, out: ValueId) -> Result<NodeId, String> {
 /// The live input of a product.
 fn data_input(flow: &Flow<'_>, product: NodeId) -> Option<ValueId> {
     let node = flow.graph().node(product);
-    node.inputs.iter().flatten().copied().find(|v| flow.live(*v))
+    node.inputs
+        .iter()
+        .flatten()
+        .copied()
+        .find(|v| flow.live(*v))
 }
 
 /// Outputs of products that `value` is made of, nothing but axes and halves between them and the bend.
@@ -130,9 +131,8 @@ fn is_linear(flow: &Flow<'_>, value: ValueId) -> bool {
         if is_projection(flow, node) || dequantises(flow, node) {
             return true;
         }
-        let passes = is_layout(node)
-            || node.is_any(&["Split", "Slice", "Gather"])
-            || adds_bias(flow, node);
+        let passes =
+            is_layout(node) || node.is_any(&["Split", "Slice", "Gather"]) || adds_bias(flow, node);
         match only_source(flow, node) {
             Some(source) if passes => at = source,
             _ => return false,
@@ -167,9 +167,7 @@ fn bends(flow: &Flow<'_>, from: ValueId, to: ValueId, other: Option<ValueId>) ->
         let node = flow.graph().node(id);
         let squares = node.is_any(&["Pow", "Mul"]) && flow.sources(node) == [from];
         (is_activation(node) || squares && other.is_none())
-            && !other.is_some_and(|o| {
-                node.output(0).is_some_and(|out| flow.reaches(o, out))
-            })
+            && !other.is_some_and(|o| node.output(0).is_some_and(|out| flow.reaches(o, out)))
     })
 }
 

@@ -106,10 +106,7 @@ pub fn is_activation(node: &Node) -> bool {
             "Exp",
             "Sin",
         ],
-    ) || contributed(
-        node,
-        &["Gelu", "FastGelu", "QuickGelu", "BiasGelu", "Silu"],
-    )
+    ) || contributed(node, &["Gelu", "FastGelu", "QuickGelu", "BiasGelu", "Silu"])
 }
 
 /// `x * c`, `x / c` or `-x` with nothing else live.
@@ -117,7 +114,12 @@ pub fn is_scale(flow: &Flow<'_>, node: &Node) -> bool {
     (named(node, &["Mul"]) && flow.live_inputs(node).len() == 1)
         || (named(node, &["Div"])
             && flow.live_inputs(node).len() == 1
-            && node.inputs.first().copied().flatten().is_some_and(|v| flow.live(v)))
+            && node
+                .inputs
+                .first()
+                .copied()
+                .flatten()
+                .is_some_and(|v| flow.live(v)))
         || named(node, &["Neg"])
 }
 
@@ -162,11 +164,7 @@ pub fn only_source(flow: &Flow<'_>, node: &Node) -> Option<ValueId> {
 
 /// Walks from a value towards its origin while `step` accepts the maker and one live input leads on; the value itself
 /// comes first.
-pub fn walk_back(
-    flow: &Flow<'_>,
-    value: ValueId,
-    step: impl Fn(&Node) -> bool,
-) -> Vec<ValueId> {
+pub fn walk_back(flow: &Flow<'_>, value: ValueId, step: impl Fn(&Node) -> bool) -> Vec<ValueId> {
     let mut walked = vec![value];
     let mut at = value;
     while let Some((_, node)) = flow.maker(at)
@@ -182,9 +180,9 @@ pub fn walk_back(
 /// A product or sum with a vector: the weight or bias of a norm, and not a scale of everything.
 pub fn is_vector_step(graph: &Graph, node: &Node) -> bool {
     named(node, &["Mul", "Add", "Sub", "Div"])
-        && !node.inputs.iter().flatten().any(|v| {
-            graph
-                .constant(*v)
-                .is_some_and(|c| c.elements() == 1)
-        })
+        && !node
+            .inputs
+            .iter()
+            .flatten()
+            .any(|v| graph.constant(*v).is_some_and(|c| c.elements() == 1))
 }

@@ -1,11 +1,11 @@
 //! The static part: from a graph alone, where the stream begins and ends, which residual blocks it passes and what
 //! lies in them. What structure cannot tell is left to the trials: the trace lists the values that they must show.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
     attention::{AttentionTrace, Rejected, Softmax, attention, softmaxes},
-    blocks::blocks,
+    blocks::{blocks, holds},
     flow::Flow,
     inputs::{InputTrace, Lookup, calls_itself, lookups, roles},
     layers::{LayerTrace, layers},
@@ -45,6 +45,8 @@ pub struct Trace {
     pub between_layers: usize,
     /// Between attention and perceptron of a layer lie steps: a norm after the sum.
     pub norm_after_attention: bool,
+    /// Numbers that reshapes are made of: an exporter that traced with an example may have left its batch or length there.
+    pub written_sizes: Vec<usize>,
     /// Values whose shapes and contents the next step wants.
     pub observe: Vec<ValueId>,
 }
@@ -66,6 +68,7 @@ pub fn trace(model: &Model) -> Trace {
             tail: Vec::new(),
             between_layers: 0,
             norm_after_attention: false,
+            written_sizes: Vec::new(),
             observe: graph.outputs().iter().map(|p| p.value).collect(),
         };
     };
@@ -96,6 +99,7 @@ pub fn trace(model: &Model) -> Trace {
         layers,
         rejected,
         tail,
+        written_sizes: written_sizes(graph),
         observe: Vec::new(),
     };
     trace.observe = observe(graph, &flow, &trace);
@@ -140,8 +144,10 @@ fn spine(graph: &Graph) -> Option<(ValueId, Option<Lookup>, Flow<'_>)> {
             .filter(|p| p.dtype().is_some_and(crate::tensor::DType::is_float))
             .map(|p| (p.value, None)),
     );
-    let ids = starts.iter().any(|(_, l)| l.as_ref().is_some_and(|l| l.direct));
-    let mut best: Option<(usize, ValueId, Option<Lookup>, Flow<'_>)> = None;
+    let ids = starts
+        .iter()
+        .any(|(_, l)| l.as_ref().is_some_and(|l| l.direct));
+    let mut best: Option<(isize, ValueId, Option<Lookup>, Flow<'_>)> = None;
     for (start, lookup) in starts.into_iter().take(MAX_STARTS) {
         if ids && lookup.is_none() && best.as_ref().is_some_and(|b| b.0 > 0) {
             continue;
@@ -150,7 +156,19 @@ fn spine(graph: &Graph) -> Option<(ValueId, Option<Lookup>, Flow<'_>)> {
             continue;
         };
         let found = softmaxes(&flow);
-        let count = sort_out(&flow, &found).0.len();
+        let attentions = sort_out(&flow, &found).0;
+        // A tower that others look at meets their attentions outside of any block of its own.
+        let owned = blocks(&flow, &attentions);
+        let count = attentions
+            .iter()
+            .map(|a| {
+                if owned.iter().any(|b| holds(&flow, b, a)) {
+                    2
+                } else {
+                    -1
+                }
+            })
+            .sum::<isize>();
         if best.as_ref().is_none_or(|b| count > b.0) {
             best = Some((count, start, lookup, flow));
         }
@@ -245,6 +263,36 @@ fn norm_after_attention(flow: &Flow<'_>, layer: &LayerTrace) -> bool {
     }
 }
 
+/// Numbers in the shapes that the graph reshapes to, most frequent first.
+fn written_sizes(graph: &Graph) -> Vec<usize> {
+    const STEPS: usize = 8;
+    let mut counts: BTreeMap<usize, usize> = BTreeMap::new();
+    for (_, node) in graph
+        .nodes()
+        .filter(|(_, n)| n.is_any(&["Reshape", "Expand"]))
+    {
+        let mut open: Vec<(ValueId, usize)> = node.input(1).map(|v| (v, 0)).into_iter().collect();
+        while let Some((v, steps)) = open.pop() {
+            if let Some(values) = graph.constant_ints(v) {
+                for n in values.iter().filter_map(|n| usize::try_from(*n).ok()) {
+                    *counts.entry(n).or_default() += 1;
+                }
+            } else if let Some(id) = graph.producer(v)
+                && steps < STEPS
+                && !graph.node(id).is("Shape")
+            {
+                open.extend(graph.node(id).reads().map(|r| (r, steps + 1)));
+            }
+        }
+    }
+    let mut sizes: Vec<(usize, usize)> = counts
+        .into_iter()
+        .filter(|(n, _)| (2..=4096).contains(n))
+        .collect();
+    sizes.sort_by_key(|(n, count)| (std::cmp::Reverse(*count), *n));
+    sizes.into_iter().map(|(n, _)| n).collect()
+}
+
 /// Everything that reading the anatomy may look at.
 fn observe(graph: &Graph, flow: &Flow<'_>, trace: &Trace) -> Vec<ValueId> {
     let mut wanted = BTreeSet::from([flow.start(), flow.output()]);
@@ -268,7 +316,10 @@ fn observe(graph: &Graph, flow: &Flow<'_>, trace: &Trace) -> Vec<ValueId> {
     for layer in &trace.layers {
         wanted.extend([layer.start, layer.end]);
         wanted.extend(layer.attention_out);
-        for block in [&layer.attention_block, &layer.mlp_block].into_iter().flatten() {
+        for block in [&layer.attention_block, &layer.mlp_block]
+            .into_iter()
+            .flatten()
+        {
             wanted.extend([block.start, block.skip, block.end]);
             wanted.extend(&block.branches);
         }

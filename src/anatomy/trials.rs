@@ -91,28 +91,65 @@ impl Trials {
     }
 }
 
-/// The plans to try, likeliest first.
-pub fn trial_plans(trace: &Trace) -> Vec<TrialPlan> {
+/// The plans to try, likeliest first: free sizes, then sizes that the graph itself writes down.
+pub fn trial_plans(trace: &Trace) -> impl Iterator<Item = TrialPlan> + '_ {
+    const MAX_WRITTEN: usize = 24;
     let fixed = Fixed::of(trace);
-    let lengths: &[(usize, usize)] = if fixed.length.is_some() {
-        &[(0, 0)]
-    } else if trace.inputs.iter().any(|i| i.role == InputRole::TokenIds) {
-        &[(7, 11), (16, 32), (64, 128)]
-    } else {
-        &[(32, 32), (224, 224), (64, 64), (7, 11), (96, 160), (1600, 2400), (8000, 12000)]
+    let main = main_input(trace);
+    let lengths: &[(usize, usize)] = match main {
+        _ if fixed.length.is_some() => &[(0, 0)],
+        Some(i) if i.role == InputRole::TokenIds => &[(7, 11), (16, 32), (64, 128)],
+        // Pictures whose size the file leaves open.
+        Some(i) if i.dims.len() == 4 => &[(32, 32), (224, 224), (64, 64), (384, 384)],
+        // Waves and spectra.
+        _ => &[
+            (1600, 2400),
+            (64, 96),
+            (7, 11),
+            (400, 656),
+            (16000, 24000),
+            (3000, 3000),
+        ],
     };
     let batches: &[[usize; 3]] = if fixed.batch.is_some() {
         &[[0; 3]]
     } else {
         &[[2, 3, 3], [1, 1, 1]]
     };
-    let mut plans = Vec::new();
+    let written = || trace.written_sizes.iter().copied().take(MAX_WRITTEN);
+    let mut sizes: Vec<([usize; 3], [usize; 3])> = Vec::new();
     for batch in batches {
-        for (short, long) in lengths {
-            plans.push(plan(trace, &fixed, *batch, [*short, *short, *long]));
+        sizes.extend(
+            lengths
+                .iter()
+                .map(|(short, long)| (*batch, [*short, *short, *long])),
+        );
+    }
+    if fixed.length.is_none() {
+        for batch in batches {
+            sizes.extend(written().map(|n| (*batch, [n; 3])));
         }
     }
-    plans
+    if fixed.batch.is_none() {
+        sizes.extend(written().filter(|n| *n < 64).map(|n| ([n; 3], [7, 7, 11])));
+        if fixed.length.is_none() {
+            sizes.extend(
+                written()
+                    .filter(|n| *n < 16)
+                    .flat_map(|b| written().map(move |l| ([b; 3], [l; 3]))),
+            );
+        }
+    }
+    sizes
+        .into_iter()
+        .map(move |(batch, length)| plan(trace, &fixed, batch, length))
+}
+
+fn main_input(trace: &Trace) -> Option<&InputTrace> {
+    trace
+        .inputs
+        .iter()
+        .find(|i| matches!(i.role, InputRole::TokenIds | InputRole::Pixels))
 }
 
 /// Extents that the inputs leave no choice of.
@@ -123,10 +160,7 @@ struct Fixed {
 
 impl Fixed {
     fn of(trace: &Trace) -> Self {
-        let main = trace
-            .inputs
-            .iter()
-            .find(|i| matches!(i.role, InputRole::TokenIds | InputRole::Pixels));
+        let main = main_input(trace);
         let extent = |axis: usize| match main?.dims.get(axis)? {
             Dim::Fixed(n) => usize::try_from(*n).ok(),
             Dim::Named(_) | Dim::Unknown => None,
@@ -181,10 +215,7 @@ fn plan(trace: &Trace, fixed: &Fixed, batches: [usize; 3], lengths: [usize; 3]) 
 
 /// Extents of an input: declared numbers as they are, equal names equal extents, the rest by position.
 fn shape(trace: &Trace, input: &InputTrace, batch: usize, length: usize) -> Vec<usize> {
-    let main = trace
-        .inputs
-        .iter()
-        .find(|i| matches!(i.role, InputRole::TokenIds | InputRole::Pixels));
+    let main = main_input(trace);
     let named = |dim: &Dim| -> Option<usize> {
         let Dim::Named(_) = dim else { return None };
         let main = main?;
@@ -241,7 +272,8 @@ fn fill(input: &InputTrace, run: usize, shape: &[usize]) -> Tensor {
 }
 
 fn tensor(dtype: DType, shape: &[usize], values: &[f64]) -> Tensor {
-    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // small numbers by construction
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+    // small numbers by construction
     let bytes: Vec<u8> = values
         .iter()
         .flat_map(|v| match dtype {
@@ -290,11 +322,9 @@ struct Random(u64);
 
 impl Random {
     fn new(name: &str, run: usize) -> Self {
-        let seed = name
-            .bytes()
-            .fold(0xcbf2_9ce4_8422_2325u64, |h, b| {
-                (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
-            });
+        let seed = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |h, b| {
+            (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
+        });
         Random(seed.wrapping_add(run as u64))
     }
 

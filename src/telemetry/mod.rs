@@ -1,1 +1,3 @@
 //! Tracing, metrics and the admin listener.
+
+pub mod names;

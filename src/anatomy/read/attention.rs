@@ -79,7 +79,9 @@ pub(super) fn read_attention(lab: &Lab<'_>, a: &AttentionTrace) -> Result<Attent
     let (row_sum_error, causal) = rows(&pattern);
     let softmax_keys = lab.shapes(a.softmax.output);
     let cut = softmax_keys.is_some_and(|s| {
-        s.iter().zip(&pattern.runs).any(|(s, p)| s.iter().product::<usize>() > p.len())
+        s.iter()
+            .zip(&pattern.runs)
+            .any(|(s, p)| s.iter().product::<usize>() > p.len())
     });
     Ok(AttentionRead {
         scores,
@@ -122,7 +124,10 @@ impl Frame {
     fn of(lab: &Lab<'_>, a: &AttentionTrace) -> Result<Frame, String> {
         let operand = *a.pattern.last().ok_or("the pattern is no value")?;
         let (value, output) = (a.value[0], a.z[0]);
-        let shapes = |v| lab.shapes(v).ok_or_else(|| "the trials did not show it".to_owned());
+        let shapes = |v| {
+            lab.shapes(v)
+                .ok_or_else(|| "the trials did not show it".to_owned())
+        };
         let (p, v, o) = (shapes(operand)?, shapes(value), shapes(output)?);
         // The values of a cross-attention may be an input.
         let v_rank = v.map_or(p[0].len(), |v| v[0].len());
@@ -140,17 +145,21 @@ impl Frame {
         };
         let along = |axis: usize| -> Vec<usize> { p.iter().map(|s| s[axis]).collect() };
         let (queries, keys) = (along(query), along(key));
-        let lead: Vec<usize> = (0..p[0].len()).filter(|i| *i != query && *i != key).collect();
+        let lead: Vec<usize> = (0..p[0].len())
+            .filter(|i| *i != query && *i != key)
+            .collect();
         let batches = lab.batches();
         let folded: Vec<usize> = p
             .iter()
             .map(|s| lead.iter().map(|i| s[*i]).product())
             .collect();
-        let per_row = constant(&folded, &batches)
-            .ok_or("its leading axes do not follow the batch: the attention may run over other axes")?;
+        let per_row = constant(&folded, &batches).ok_or(
+            "its leading axes do not follow the batch: the attention may run over other axes",
+        )?;
         // Rows of windows: the first axis holds several windows of every row, and heads stand apart.
         let windows = match lead[..] {
-            [first, _, ..] => constant(&along(first), &batches).filter(|n| *n > 1 && batches.iter().any(|b| *b > 1)),
+            [first, _, ..] => constant(&along(first), &batches)
+                .filter(|n| *n > 1 && batches.iter().any(|b| *b > 1)),
             _ => None,
         };
         let (rows, heads) = match windows {
@@ -194,9 +203,10 @@ impl Frame {
 
 /// `whole[i] / part[i]`, when it is the same everywhere.
 fn constant(whole: &[usize], part: &[usize]) -> Option<usize> {
-    let mut quotients = whole.iter().zip(part).map(|(w, p)| {
-        (*p > 0 && w.is_multiple_of(*p)).then(|| w / p)
-    });
+    let mut quotients = whole
+        .iter()
+        .zip(part)
+        .map(|(w, p)| (*p > 0 && w.is_multiple_of(*p)).then(|| w / p));
     let first = quotients.next()??;
     quotients.all(|q| q == Some(first)).then_some(first)
 }
@@ -276,7 +286,13 @@ fn normalised(of: &ArrayD<f32>, scores: bool) -> ArrayD<f32> {
     for mut lane in all.lanes_mut(ndarray::Axis(3)) {
         if scores {
             let top = lane.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            lane.mapv_inplace(|x| if top.is_finite() { (x - top).exp() } else { 0.0 });
+            lane.mapv_inplace(|x| {
+                if top.is_finite() {
+                    (x - top).exp()
+                } else {
+                    0.0
+                }
+            });
         }
         let sum: f32 = lane.sum();
         if sum > 0.0 {
@@ -549,9 +565,23 @@ fn read_queries(
         _ => return Err("its operands cannot be told apart: axes are lost on the way".to_owned()),
     };
     let (query, key, query_sum, key_sum, out_query, out_key) = if left_is_query {
-        (&score.left, &score.right, axes.left_summed, axes.right_summed, axes.out_left, axes.out_right)
+        (
+            &score.left,
+            &score.right,
+            axes.left_summed,
+            axes.right_summed,
+            axes.out_left,
+            axes.out_right,
+        )
     } else {
-        (&score.right, &score.left, axes.right_summed, axes.left_summed, axes.out_right, axes.out_left)
+        (
+            &score.right,
+            &score.left,
+            axes.right_summed,
+            axes.left_summed,
+            axes.out_right,
+            axes.out_left,
+        )
     };
     let width = |shapes: Vec<&[usize]>, axis: usize| {
         let widths: Vec<usize> = shapes.iter().map(|s| s[axis]).collect();
@@ -696,9 +726,11 @@ fn before(
         );
         if earlier.is_none()
             && let Some(p) = placed.iter().find(|p| {
-                [Sharing::Grouped, Sharing::Interleaved].into_iter().any(|s| {
-                    proportion(&repeat(p.compared(), heads, s), operand.compared()).1 < 1e-5
-                })
+                [Sharing::Grouped, Sharing::Interleaved]
+                    .into_iter()
+                    .any(|s| {
+                        proportion(&repeat(p.compared(), heads, s), operand.compared()).1 < 1e-5
+                    })
             })
         {
             same = p.clone();

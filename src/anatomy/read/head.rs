@@ -44,10 +44,7 @@ pub(super) fn outputs(lab: &Lab<'_>, dims: &Dims, positions: Option<&[usize]>) -
                     .map(|(d, axis)| d.filter(|_| *axis != Axis::Batch))
                     .collect(),
                 axes,
-                dtype: lab
-                    .dtype(port.value)
-                    .or(port.dtype())
-                    .unwrap_or(DType::F32),
+                dtype: lab.dtype(port.value).or(port.dtype()).unwrap_or(DType::F32),
             }
         })
         .collect()
@@ -71,7 +68,8 @@ fn axes(
                 seen_batch = true;
                 return Axis::Batch;
             }
-            let follows = positions == Some(&e[..]) || (*e == lengths && lengths[0] != lengths[lengths.len() - 1]);
+            let follows = positions == Some(&e[..])
+                || (*e == lengths && lengths[0] != lengths[lengths.len() - 1]);
             if follows && !seen_pos && (!last || e[0] != e[e.len() - 1]) {
                 seen_pos = true;
                 return Axis::Pos;
@@ -118,7 +116,11 @@ pub(super) fn task(lab: &Lab<'_>, outputs: &[OutputFact], dims: &Dims, causal: b
 }
 
 fn lm(causal: bool) -> Task {
-    if causal { Task::CausalLm } else { Task::MaskedLm }
+    if causal {
+        Task::CausalLm
+    } else {
+        Task::MaskedLm
+    }
 }
 
 fn main<'o>(lab: &Lab<'_>, outputs: &'o [OutputFact]) -> Option<&'o OutputFact> {
@@ -132,7 +134,10 @@ pub(super) fn logits(lab: &Lab<'_>, found: &mut Found, outputs: &[OutputFact], t
         return;
     };
     if task == Task::Encoder {
-        found.lack("logits", "the model ends in its representation and has no head");
+        found.lack(
+            "logits",
+            "the model ends in its representation and has no head",
+        );
         return;
     }
     found.hooks.push(HookPoint {
@@ -189,7 +194,9 @@ pub(super) fn pads(lab: &Lab<'_>, found: &Found, outputs: &[OutputFact]) -> bool
 pub(super) fn named_outputs(lab: &Lab<'_>, found: &mut Found) {
     for port in lab.model.graph.outputs() {
         let name = lab.model.graph.name(port.value);
-        let Some(alias) = alias_of(name) else { continue };
+        let Some(alias) = alias_of(name) else {
+            continue;
+        };
         let known = found
             .hooks
             .iter()

@@ -141,7 +141,11 @@ impl Lab<'_> {
         let half = placed
             .iter()
             .any(|p| matches!(p.dtype, DType::F16 | DType::Bf16));
-        if half { (2e-2, "Half") } else { (1e-4, "Rewritten") }
+        if half {
+            (2e-2, "Half")
+        } else {
+            (1e-4, "Rewritten")
+        }
     }
 
     /// Follows an axis along a way of values, each made from the one before.

@@ -4,6 +4,7 @@
 //! values when pattern times values is z, scores when their softmax is the pattern, queries and keys when their product is
 //! the raw score, a final norm when it is one. What fails is left out, with the reason.
 
+mod aliases;
 mod attention;
 mod head;
 mod lab;
@@ -61,6 +62,7 @@ pub fn read(model: &Model, trace: &Trace, trials: &Trials) -> Anatomy {
         );
     }
     read_ends(&lab, &mut found, &mut dims, positions.as_deref());
+    aliases::hugging_face(&lab, &mut found, &attentions);
     let causal = !attentions.is_empty()
         && trace
             .layers
@@ -91,8 +93,17 @@ pub fn read(model: &Model, trace: &Trace, trials: &Trials) -> Anatomy {
             },
         );
     }
+    let only = |sizes: Vec<usize>, two: bool| {
+        let first = sizes[0];
+        (two && sizes.iter().all(|n| *n == first)).then_some(first)
+    };
     let mut anatomy = Anatomy {
         task,
+        fixed_batch: only(trials.batches(), true),
+        fixed_length: only(
+            trials.lengths(),
+            trace.inputs.iter().any(|i| i.role == InputRole::TokenIds),
+        ),
         inputs: trace.inputs.clone(),
         outputs,
         main_output: trace.output,
@@ -141,7 +152,12 @@ impl Found {
         });
     }
 
-    fn add_streamed(&mut self, name: String, layer: Option<usize>, found: Result<Streamed, String>) -> Option<Placed> {
+    fn add_streamed(
+        &mut self,
+        name: String,
+        layer: Option<usize>,
+        found: Result<Streamed, String>,
+    ) -> Option<Placed> {
         match found {
             Ok(s) => {
                 self.add(name, layer, &s.placed, s.axes);
@@ -154,7 +170,13 @@ impl Found {
         }
     }
 
-    fn add_placed(&mut self, name: String, layer: usize, found: &Result<Placed, String>, axes: &[Axis]) {
+    fn add_placed(
+        &mut self,
+        name: String,
+        layer: usize,
+        found: &Result<Placed, String>,
+        axes: &[Axis],
+    ) {
         match found {
             Ok(placed) => self.add(name, Some(layer), placed, axes.to_vec()),
             Err(reason) => self.lack(&name, reason),
@@ -216,9 +238,10 @@ fn read_layer(lab: &Lab<'_>, found: &mut Found, dims: &mut Dims, view: &LayerVie
     let see = |value: ValueId| stream(lab, value, positions, Axis::DModel);
 
     let pre = found.add_streamed(name("hook_resid_pre"), Some(l), see(view.layer.start));
-    found.alias(&name("hook_resid_pre"), format!("hidden_states.{l}"));
     if dims.d_model.is_none() {
-        dims.d_model = pre.as_ref().and_then(|p| p.dims().last().copied().flatten());
+        dims.d_model = pre
+            .as_ref()
+            .and_then(|p| p.dims().last().copied().flatten());
     }
     match view.attention {
         Some(Ok(a)) => add_attention(lab, found, dims, l, "attn", a),
@@ -227,10 +250,6 @@ fn read_layer(lab: &Lab<'_>, found: &mut Found, dims: &mut Dims, view: &LayerVie
             &name("attn.hook_pattern"),
             "the layer mixes positions without a softmax",
         ),
-    }
-    if let Some(Ok(a)) = view.attention {
-        found.alias(&name("attn.hook_pattern"), format!("attentions.{l}"));
-        let _ = a;
     }
     match view.cross {
         Some(Ok(a)) => add_attention(lab, found, dims, l, "cross_attn", a),
@@ -307,7 +326,12 @@ fn read_layer(lab: &Lab<'_>, found: &mut Found, dims: &mut Dims, view: &LayerVie
 }
 
 /// `resid_pre + attn_out = resid_mid` and `resid_mid + mlp_out = resid_post`, where the architecture has them.
-fn check_sums(lab: &Lab<'_>, found: &mut Found, view: &LayerView<'_>, placed: &[&Option<Placed>; 5]) {
+fn check_sums(
+    lab: &Lab<'_>,
+    found: &mut Found,
+    view: &LayerView<'_>,
+    placed: &[&Option<Placed>; 5],
+) {
     let l = view.at;
     let name = |inside: &str| format!("blocks.{l}.{inside}");
     let [pre, attention_out, mid, mlp_out, post] = placed;
@@ -316,16 +340,24 @@ fn check_sums(lab: &Lab<'_>, found: &mut Found, view: &LayerView<'_>, placed: &[
             let (Some(start), Some(skip)) = (lab.arrays(b.start), lab.arrays(b.skip)) else {
                 return true;
             };
-            start
-                .iter()
-                .zip(&skip)
-                .any(|(a, b)| a.len() == b.len() && a.iter().zip(b).any(|(x, y)| (x - y).abs() > 1e-3 * y.abs().max(1.0)))
+            start.iter().zip(&skip).any(|(a, b)| {
+                a.len() == b.len()
+                    && a.iter()
+                        .zip(b)
+                        .any(|(x, y)| (x - y).abs() > 1e-3 * y.abs().max(1.0))
+            })
         })
     };
     let mut sum = |what: &str, parts: &[&Placed], total: &Placed, about: &[String]| {
         let (tolerance, named) = lab.tolerance(parts);
         found.check(
-            certificate::within(what, sum_error(parts, total), tolerance, named, &format!("blocks.{l}")),
+            certificate::within(
+                what,
+                sum_error(parts, total),
+                tolerance,
+                named,
+                &format!("blocks.{l}"),
+            ),
             about,
         );
     };
@@ -349,10 +381,17 @@ fn check_sums(lab: &Lab<'_>, found: &mut Found, view: &LayerView<'_>, placed: &[
         .is_some_and(|b| b.start == view.layer.start);
     if let (Some(pre), Some(a)) = (pre, attention_out)
         && starts_here
-        && let Some(total) = mid.as_ref().or(post.as_ref().filter(|_| view.layer.mlp_block.is_none()))
+        && let Some(total) = mid
+            .as_ref()
+            .or(post.as_ref().filter(|_| view.layer.mlp_block.is_none()))
         && !scaled(&view.layer.attention_block)
     {
-        sum(certificate::RESID_MID, &[pre, a], total, &[name("hook_attn_out")]);
+        sum(
+            certificate::RESID_MID,
+            &[pre, a],
+            total,
+            &[name("hook_attn_out")],
+        );
     }
     if let (Some(m), Some(post), Some(block)) = (mlp_out, post, &view.layer.mlp_block)
         && block.end == view.layer.end
@@ -395,12 +434,16 @@ fn add_attention(
     found.add_placed(name("pattern"), l, &Ok(a.pattern.clone()), &square);
     found.add_placed(name("attn_scores"), l, &a.scores, &square);
     found.add_placed(name("q"), l, &a.q, &per_head);
-    let k_axes = a
-        .k
-        .as_ref()
-        .map_or(per_head.to_vec(), |k| vec![rows.clone(), Axis::Pos, k_heads(k), Axis::DHead]);
+    let k_axes = a.k.as_ref().map_or(per_head.to_vec(), |k| {
+        vec![rows.clone(), Axis::Pos, k_heads(k), Axis::DHead]
+    });
     found.add_placed(name("k"), l, &a.k, &k_axes);
-    found.add_placed(name("v"), l, &a.v, &[rows.clone(), Axis::Pos, kv, Axis::DHead]);
+    found.add_placed(
+        name("v"),
+        l,
+        &a.v,
+        &[rows.clone(), Axis::Pos, kv, Axis::DHead],
+    );
     found.add_placed(name("z"), l, &a.z, &per_head);
     for (inside, placed) in [("rot_q", &a.rot_q), ("rot_k", &a.rot_k)] {
         if let Some(placed) = placed {
@@ -422,7 +465,13 @@ fn add_attention(
         ));
     } else {
         found.check(
-            certificate::within(certificate::ROWS, a.row_sum_error, tolerance, named, &subject),
+            certificate::within(
+                certificate::ROWS,
+                a.row_sum_error,
+                tolerance,
+                named,
+                &subject,
+            ),
             &[name("pattern")],
         );
     }
@@ -450,7 +499,6 @@ fn read_ends(lab: &Lab<'_>, found: &mut Found, dims: &mut Dims, positions: Optio
     found.alias("blocks.0.hook_resid_pre", "hook_embed_out".to_owned());
     let l = trace.layers.len() - 1;
     let name = |inside: &str| format!("blocks.{l}.{inside}");
-    let hidden = format!("hidden_states.{}", l + 1);
     let see = |value: ValueId| stream(lab, value, positions, Axis::DModel);
     let Ok(end) = see(last.end) else {
         return;
@@ -458,15 +506,10 @@ fn read_ends(lab: &Lab<'_>, found: &mut Found, dims: &mut Dims, positions: Optio
     if dims.d_model.is_none() {
         dims.d_model = end.placed.dims().last().copied().flatten();
     }
-    let all: Vec<usize> = positions.map(<[usize]>::to_vec).unwrap_or_default();
     // A norm behind the sum of every layer: TransformerLens reports the sum, Hugging Face what the norm makes of it.
     let mut normalises = false;
     for (at, layer) in trace.layers.iter().enumerate() {
-        let next = match trace.layers.get(at + 1) {
-            Some(next) => Some(next.start),
-            None => trace.tail.get(trace.between_layers).copied(),
-        };
-        if let Some(next) = next
+        if let Some(next) = leaves(trace, at)
             && next != layer.end
             && let (Ok(sum), Ok(normed)) = (see(layer.end), see(next))
             && stream::is_norm(&sum.placed, &normed.placed)
@@ -481,39 +524,47 @@ fn read_ends(lab: &Lab<'_>, found: &mut Found, dims: &mut Dims, positions: Optio
         }
     }
     if normalises {
-        let normed = name("hook_normalized_resid_post");
-        found.alias(&normed, hidden);
         found.lack(
             "ln_final.hook_normalized",
             "every layer normalises its own output; see hook_normalized_resid_post",
         );
         return;
     }
-    if let Some(leaves) = trace.tail.get(trace.between_layers)
-        && trace.between_layers > 0
-        && let Ok(s) = see(*leaves)
+    // Something else that every layer ends with, the last one included: it belongs to the layer.
+    if trace.between_layers > 0
+        && let Some(value) = leaves(trace, l)
+        && let Ok(s) = see(value)
     {
         let post = name("hook_resid_post");
         found.hooks.retain(|h| h.name != post);
         found.add(post, Some(l), &s.placed, s.axes);
     }
-    let way = trace.tail.get(trace.between_layers + 1..).unwrap_or_default();
+    let way = trace
+        .tail
+        .get(trace.between_layers + 1..)
+        .unwrap_or_default();
+    let all: Vec<usize> = positions.map(<[usize]>::to_vec).unwrap_or_default();
     match norm_along(lab, &end.placed, way, &all) {
-        Some((_, norm)) => {
-            found.add("ln_final.hook_normalized".to_owned(), None, &norm.placed, norm.axes);
-            // Hugging Face's last hidden state is normalised in models of tokens, and is not in models of pictures.
-            if ids {
-                found.alias("ln_final.hook_normalized", hidden);
-            } else {
-                found.alias(&name("hook_resid_post"), hidden);
-            }
-        }
-        None => {
-            found.lack(
-                "ln_final.hook_normalized",
-                "no norm of the last layer's output follows it",
-            );
-            found.alias(&name("hook_resid_post"), hidden);
-        }
+        Some((_, norm)) => found.add(
+            "ln_final.hook_normalized".to_owned(),
+            None,
+            &norm.placed,
+            norm.axes,
+        ),
+        None => found.lack(
+            "ln_final.hook_normalized",
+            "no norm of the last layer's output follows it",
+        ),
+    }
+}
+
+/// What leaves a layer: the sum, or what every layer makes of it before the next one begins.
+fn leaves(trace: &Trace, at: usize) -> Option<ValueId> {
+    if trace.between_layers == 0 {
+        return trace.layers.get(at).map(|l| l.end);
+    }
+    match trace.layers.get(at + 1) {
+        Some(next) => Some(next.start),
+        None => trace.tail.get(trace.between_layers).copied(),
     }
 }

@@ -123,7 +123,10 @@ mod tests {
     #[test]
     fn an_ellipsis_stands_for_shared_axes() {
         let axes = einsum_axes("...qd,...kd->...qk", 4, 4, 4).unwrap();
-        assert_eq!((axes.left_free, axes.right_summed, axes.out_right), (2, 3, 3));
+        assert_eq!(
+            (axes.left_free, axes.right_summed, axes.out_right),
+            (2, 3, 3)
+        );
     }
 
     #[test]

@@ -46,7 +46,10 @@ pub(super) fn stream(
             });
         }
     }
-    let leads = shapes.iter().zip(&batches).all(|(s, b)| s.first() == Some(b));
+    let leads = shapes
+        .iter()
+        .zip(&batches)
+        .all(|(s, b)| s.first() == Some(b));
     let rank = shapes.first().map_or(0, |s| s.len());
     let axes = match (leads, rank) {
         (true, 3) => vec![Axis::Batch, Axis::Pos, width],
@@ -56,7 +59,12 @@ pub(super) fn stream(
             Axis::Other("height".to_owned()),
             Axis::Other("width".to_owned()),
         ],
-        _ => return Err(format!("its axes are not those of a stream: {:?}", shapes[0])),
+        _ => {
+            return Err(format!(
+                "its axes are not those of a stream: {:?}",
+                shapes[0]
+            ));
+        }
     };
     let placed = lab
         .place(value, Layout::identity())
@@ -65,10 +73,13 @@ pub(super) fn stream(
 }
 
 fn width_of(shapes: &[&[usize]], batches: &[usize], positions: &[usize]) -> Option<usize> {
-    let mut widths = shapes.iter().zip(batches.iter().zip(positions)).map(|(s, (b, p))| {
-        let (total, part) = (s.iter().product::<usize>(), b * p);
-        (part > 0 && total.is_multiple_of(part)).then(|| total / part)
-    });
+    let mut widths = shapes
+        .iter()
+        .zip(batches.iter().zip(positions))
+        .map(|(s, (b, p))| {
+            let (total, part) = (s.iter().product::<usize>(), b * p);
+            (part > 0 && total.is_multiple_of(part)).then(|| total / part)
+        });
     let first = widths.next()??;
     (first > 1 && widths.all(|w| w == Some(first))).then_some(first)
 }
@@ -122,8 +133,16 @@ fn affine_error(x: &ArrayD<f32>, y: &ArrayD<f32>) -> f64 {
     let mut worst = 0f64;
     let mut scale = 0f64;
     for channel in 0..width {
-        let xs: Vec<f64> = x.index_axis(Nd(2), channel).iter().map(|v| f64::from(*v)).collect();
-        let ys: Vec<f64> = y.index_axis(Nd(2), channel).iter().map(|v| f64::from(*v)).collect();
+        let xs: Vec<f64> = x
+            .index_axis(Nd(2), channel)
+            .iter()
+            .map(|v| f64::from(*v))
+            .collect();
+        let ys: Vec<f64> = y
+            .index_axis(Nd(2), channel)
+            .iter()
+            .map(|v| f64::from(*v))
+            .collect();
         let n = xs.len() as f64;
         if xs.len() < 4 {
             return f64::INFINITY;
@@ -140,7 +159,11 @@ fn affine_error(x: &ArrayD<f32>, y: &ArrayD<f32>) -> f64 {
             scale = scale.max(b.abs());
         }
     }
-    if scale == 0.0 { f64::INFINITY } else { worst / scale }
+    if scale == 0.0 {
+        f64::INFINITY
+    } else {
+        worst / scale
+    }
 }
 
 /// The first norm of `x` along a way of values, with the weight and bias that follow it.

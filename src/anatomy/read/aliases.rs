@@ -1,0 +1,110 @@
+//! Hugging Face's names: `hidden_states.{i}` and `attentions.{i}`.
+//!
+//! `hidden_states.0` is what enters the first layer, `hidden_states.{i + 1}` what leaves layer `i`; the last one is taken
+//! behind the final norm in models of tokens, and before it in models of pictures and sound, as the library does.
+//! Models whose attentions run in windows and whose stream changes width (Swin and its kin) are numbered by stage: the state is
+//! that behind the stage, the attention that of its last layer. Other models whose stream changes width have no
+//! common numbering, and get none.
+
+use super::{AttentionRead, Found, lab::Lab, leaves};
+use crate::{anatomy::layers::LayerTrace, ipc::info::InputRole};
+
+pub(super) fn hugging_face(
+    lab: &Lab<'_>,
+    found: &mut Found,
+    attentions: &[Result<AttentionRead, String>],
+) {
+    let layers = &lab.trace.layers;
+    let Some(last) = layers.len().checked_sub(1) else {
+        return;
+    };
+    let windowed = layers
+        .iter()
+        .filter_map(|l| attentions[l.attention?].as_ref().ok())
+        .any(|a| a.windowed);
+    let stages = stages(lab, layers);
+    if stages.len() > 1 {
+        if windowed {
+            by_stage(found, &stages, last);
+        } else {
+            found.notes.push(
+                "the width of the stream changes between layers; such models have no common numbering of hidden \
+                 states: ask for blocks.{l}.hook_resid_pre and hook_resid_post"
+                    .to_owned(),
+            );
+            found.lack(
+                "hidden_states.0",
+                "the width of the stream changes between layers; ask for blocks.{l}.hook_resid_pre and hook_resid_post",
+            );
+            number_attentions(found, layers);
+        }
+        return;
+    }
+    number_attentions(found, layers);
+    found.alias("blocks.0.hook_resid_pre", "hidden_states.0".to_owned());
+    for at in 0..last {
+        let left = leaves(lab.trace, at);
+        let hook = if left == Some(layers[at + 1].start) {
+            format!("blocks.{}.hook_resid_pre", at + 1)
+        } else {
+            format!("blocks.{at}.hook_resid_post")
+        };
+        found.alias(&hook, format!("hidden_states.{}", at + 1));
+    }
+    let ids = lab
+        .trace
+        .inputs
+        .iter()
+        .any(|i| i.role == InputRole::TokenIds);
+    let normalised = format!("blocks.{last}.hook_normalized_resid_post");
+    let has = |name: &str| found.hooks.iter().any(|h| h.name == name);
+    let hook = if has(&normalised) {
+        normalised
+    } else if ids && has("ln_final.hook_normalized") {
+        "ln_final.hook_normalized".to_owned()
+    } else {
+        format!("blocks.{last}.hook_resid_post")
+    };
+    found.alias(&hook, format!("hidden_states.{}", last + 1));
+}
+
+fn number_attentions(found: &mut Found, layers: &[LayerTrace]) {
+    for at in 0..layers.len() {
+        found.alias(
+            &format!("blocks.{at}.attn.hook_pattern"),
+            format!("attentions.{at}"),
+        );
+    }
+}
+
+/// First layers of the stages: runs of layers between which the stream keeps its width.
+fn stages(lab: &Lab<'_>, layers: &[LayerTrace]) -> Vec<usize> {
+    let size = |value| {
+        let shapes = lab.shapes(value)?;
+        Some(shapes[0].iter().product::<usize>())
+    };
+    let mut firsts = vec![0];
+    for at in 1..layers.len() {
+        if size(layers[at].start) != size(layers[at - 1].end) {
+            firsts.push(at);
+        }
+    }
+    firsts
+}
+
+fn by_stage(found: &mut Found, firsts: &[usize], last: usize) {
+    found.alias("blocks.0.hook_resid_pre", "hidden_states.0".to_owned());
+    for (stage, first) in firsts.iter().enumerate() {
+        let next = firsts.get(stage + 1);
+        let (end, hook) = match next {
+            Some(next) => (next - 1, format!("blocks.{next}.hook_resid_pre")),
+            None => (last, format!("blocks.{last}.hook_resid_post")),
+        };
+        let _ = first;
+        found.alias(&hook, format!("hidden_states.{}", stage + 1));
+        found.alias(
+            &format!("blocks.{end}.attn.hook_pattern"),
+            format!("attentions.{stage}"),
+        );
+    }
+}

@@ -1,0 +1,422 @@
+//! From a folder to a model that serves: read, unfuse, find the anatomy by trial runs, certify.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Instant,
+};
+
+use ort::session::{RunOptions, Session};
+
+use super::{
+    config::ModelConfig,
+    limits,
+    run::RunLimit,
+    runtime::{Runtime, RuntimeError},
+    session::{Bench, Effort, run},
+    tokenizer::{Bounds, Tokenizer},
+    variants::Built,
+    weights::SharedWeights,
+};
+use crate::{
+    anatomy::{self, Anatomy, Trace, Trials},
+    ipc::{
+        info::{
+            Certificate, HookInfo, InputInfo, InputRole, LoadStage, ModelInfo, TokenizerInfo,
+            ValueInfo,
+        },
+        spec::{LoadOptions, Plan, VariantSpec},
+        wire::Failure,
+    },
+    onnx::{Dim, Folder, Limits, Model, OnnxError},
+    rewrite::{self, Exposure},
+};
+
+/// Most tokens of a text for a model that does not say.
+const UNKNOWN_MAX_TOKENS: usize = 512;
+
+/// Why a model or a variant is not there.
+#[derive(Debug)]
+pub(super) struct LoadError {
+    pub(super) kind: Failure,
+    pub(super) message: String,
+}
+
+impl LoadError {
+    fn bad(message: impl Into<String>) -> Self {
+        Self {
+            kind: Failure::BadModel,
+            message: message.into(),
+        }
+    }
+}
+
+impl From<OnnxError> for LoadError {
+    fn from(e: OnnxError) -> Self {
+        Self::bad(e.to_string())
+    }
+}
+
+impl From<RuntimeError> for LoadError {
+    fn from(e: RuntimeError) -> Self {
+        Self {
+            kind: Failure::Provider,
+            message: e.to_string(),
+        }
+    }
+}
+
+/// A model that serves.
+pub(super) struct Loaded {
+    pub(super) info: ModelInfo,
+    pub(super) tokenizer: Option<Tokenizer>,
+    bench: Bench,
+    limit: RunLimit,
+    /// As the file is.
+    plain: Model,
+    /// Unfused: what rewrites start from.
+    normal: Model,
+    anatomy: Anatomy,
+}
+
+/// Times the stages of a load and tells them.
+struct Clock<'a> {
+    tell: &'a dyn Fn(&str),
+    stages: Vec<LoadStage>,
+    since: Instant,
+}
+
+impl Clock<'_> {
+    fn stage<T>(&mut self, name: &str, work: impl FnOnce() -> T) -> T {
+        (self.tell)(name);
+        self.since = Instant::now();
+        let result = work();
+        self.stages.push(LoadStage {
+            name: name.to_owned(),
+            millis: u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX),
+        });
+        result
+    }
+}
+
+impl Loaded {
+    /// Loads the model of a folder. `tell` hears the name of each stage as it begins.
+    pub(super) fn load(
+        path: &Path,
+        options: &LoadOptions,
+        tell: &dyn Fn(&str),
+    ) -> Result<Self, LoadError> {
+        let mut clock = Clock {
+            tell,
+            stages: Vec::new(),
+            since: Instant::now(),
+        };
+        if let Some(bytes) = options.memory_limit_bytes {
+            limits::private_memory(bytes)
+                .map_err(|e| LoadError::bad(format!("the memory limit cannot be set: {e}")))?;
+        }
+        let folder = open_folder(path, options)?;
+        let file = model_file(path)?;
+        let config = clock
+            .stage("config", || ModelConfig::read(&folder))
+            .map_err(LoadError::bad)?;
+        let limits = Limits {
+            file_bytes: options.max_model_bytes,
+            weight_bytes: options.max_model_bytes,
+            ..Limits::default()
+        };
+        let plain = clock.stage("read", || Model::open(&folder, &file, &limits))?;
+        let runtime = clock.stage("runtime", || Runtime::load(options))?;
+        let weights = Arc::new(SharedWeights::new(&plain.graph).map_err(LoadError::bad)?);
+        let model_folder = path.join(&file);
+        let bench = Bench {
+            runtime,
+            weights,
+            folder: model_folder
+                .parent()
+                .unwrap_or(path)
+                .to_string_lossy()
+                .into_owned(),
+        };
+        let normal = plain.clone();
+        // The plain session is built once here: a model that the runtime refuses must not load.
+        let _plain_session = clock
+            .stage("session", || bench.session(&plain, Effort::Full))
+            .map_err(|why| LoadError::bad(format!("ONNX Runtime refuses the model: {why}")))?;
+        let trace = clock.stage("trace", || anatomy::trace(&normal));
+        let trials = clock.stage("trials", || observe(&bench, &normal, &trace))?;
+        let anatomy = clock.stage("anatomy", || anatomy::read(&normal, &trace, &trials));
+        let mut notes: Vec<String> = anatomy.notes.clone();
+        let divisions = plain.graph.integer_divisions().len();
+        if divisions > 0 {
+            notes.push(format!(
+                "{divisions} integer divisions by values that are not constant"
+            ));
+        }
+        let vocab = anatomy.dims.vocab;
+        let max_tokens = [options.max_tokens, config.max_positions]
+            .into_iter()
+            .flatten()
+            .min();
+        let tokenizer = clock
+            .stage("tokenizer", || {
+                let bounds = Bounds {
+                    vocab,
+                    max_tokens: max_tokens.unwrap_or(UNKNOWN_MAX_TOKENS),
+                    max_text_bytes: options.max_text_bytes,
+                };
+                Tokenizer::load(&folder, &config, bounds)
+            })
+            .map_err(LoadError::bad)?;
+        let info = describe(Description {
+            plain: &plain,
+            anatomy: &anatomy,
+            config,
+            tokenizer: tokenizer.as_ref().map(Tokenizer::info),
+            max_tokens,
+            certificate: Certificate::default(),
+            notes,
+            runtime: bench.runtime.version.clone(),
+            options,
+            load: clock.stages,
+        });
+        Ok(Self {
+            info,
+            tokenizer,
+            bench,
+            limit: RunLimit(options.max_run_bytes),
+            plain,
+            normal,
+            anatomy,
+        })
+    }
+
+    /// Builds a variant: its session, and its outputs in the session's order.
+    pub(super) fn build(&self, spec: &VariantSpec) -> Result<Built, LoadError> {
+        let (model, mut outputs) = match spec.plan {
+            Plan::Plain => (self.plain.clone(), self.info.outputs.clone()),
+            Plan::Rewritten => {
+                let what = Exposure {
+                    hooks: spec.expose.clone(),
+                    keep_outputs: spec.keep_outputs,
+                };
+                let made =
+                    rewrite::expose(&self.normal, &self.anatomy, &what).map_err(|e| LoadError {
+                        kind: Failure::FailedPrecondition,
+                        message: e.to_string(),
+                    })?;
+                let mut outputs = if spec.keep_outputs {
+                    self.info.outputs.clone()
+                } else {
+                    Vec::new()
+                };
+                outputs.extend(made.outputs.into_iter().map(|o| ValueInfo {
+                    name: o.name,
+                    dtype: o.dtype,
+                    axes: o.axes,
+                    dims: o.dims,
+                }));
+                (made.model, outputs)
+            }
+        };
+        let session = self
+            .bench
+            .session(&model, Effort::Full)
+            .map_err(|message| LoadError {
+                kind: Failure::Runtime,
+                message: format!("the variant could not be built: {message}"),
+            })?;
+        // The session's order is the truth.
+        let order = |name: &str| session.outputs().iter().position(|o| o.name() == name);
+        outputs.retain(|o| order(&o.name).is_some());
+        outputs.sort_by_key(|o| order(&o.name));
+        Ok(Built {
+            session,
+            outputs,
+            weights: self.bench.weights.clone(),
+            limit: self.limit,
+        })
+    }
+
+    /// The graph that rewrites start from, as text.
+    pub(super) fn dump(&self) -> String {
+        self.normal.graph.dump()
+    }
+}
+
+fn open_folder(path: &Path, options: &LoadOptions) -> Result<Folder, LoadError> {
+    let inside = options
+        .repository
+        .as_deref()
+        .and_then(|r| Some((r, path.strip_prefix(r).ok()?)));
+    Ok(match inside {
+        Some((repository, inside)) if !inside.as_os_str().is_empty() => {
+            Folder::in_repository(repository, inside)?
+        }
+        _ => Folder::open(path)?,
+    })
+}
+
+/// `model.onnx`, `onnx/model.onnx`, or the only `.onnx` file of the folder.
+fn model_file(path: &Path) -> Result<String, LoadError> {
+    for name in ["model.onnx", "onnx/model.onnx"] {
+        if path.join(name).exists() {
+            return Ok(name.to_owned());
+        }
+    }
+    let mut found: Vec<PathBuf> = std::fs::read_dir(path)
+        .map_err(|e| LoadError::bad(format!("the model's folder cannot be read: {e}")))?
+        .filter_map(|e| Some(e.ok()?.path()))
+        .filter(|p| p.extension().is_some_and(|e| e == "onnx"))
+        .collect();
+    match (found.pop(), found.is_empty()) {
+        (Some(only), true) => Ok(only
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned()),
+        (Some(_), false) => Err(LoadError::bad(
+            "the folder holds several .onnx files and none is called model.onnx",
+        )),
+        (None, _) => Err(LoadError::bad(
+            "the folder holds no model: put the export there as model.onnx",
+        )),
+    }
+}
+
+/// Runs the trials of the first plan that the model accepts.
+fn observe(bench: &Bench, model: &Model, trace: &Trace) -> Result<Trials, LoadError> {
+    let observed =
+        rewrite::observe(model, &trace.observe).map_err(|e| LoadError::bad(e.to_string()))?;
+    let mut session = bench
+        .session(&observed.model, Effort::Little)
+        .map_err(|why| LoadError::bad(format!("ONNX Runtime refuses the model: {why}")))?;
+    let mut last = String::from("no trial input could be made");
+    for plan in anatomy::trial_plans(trace) {
+        match trial(&mut session, &observed.outputs, plan) {
+            Ok(trials) => return Ok(trials),
+            Err(why) => last = why,
+        }
+    }
+    Err(LoadError::bad(format!(
+        "the model runs on none of the trial inputs: {last}"
+    )))
+}
+
+fn trial(
+    session: &mut Session,
+    outputs: &[(String, crate::onnx::ValueId)],
+    plan: anatomy::TrialPlan,
+) -> Result<Trials, String> {
+    let options = Arc::new(RunOptions::new().map_err(|e| e.to_string())?);
+    let mut trials = Trials::new(plan);
+    for at in 0..trials.runs() {
+        let made = run(session, &trials.plan.runs[at].inputs.clone(), &options)?;
+        for (name, tensor) in made {
+            if let Some((_, value)) = outputs.iter().find(|(n, _)| *n == name) {
+                trials.record(at, *value, tensor);
+            }
+        }
+    }
+    Ok(trials)
+}
+
+struct Description<'a> {
+    plain: &'a Model,
+    anatomy: &'a Anatomy,
+    config: ModelConfig,
+    tokenizer: Option<TokenizerInfo>,
+    max_tokens: Option<usize>,
+    certificate: Certificate,
+    notes: Vec<String>,
+    runtime: String,
+    options: &'a LoadOptions,
+    load: Vec<LoadStage>,
+}
+
+fn describe(d: Description<'_>) -> ModelInfo {
+    let Description { plain, anatomy, .. } = d;
+    let fixed = |role: &[InputRole], axis: usize| {
+        let input = anatomy.inputs.iter().find(|i| role.contains(&i.role))?;
+        match input.dims.get(axis)? {
+            Dim::Fixed(n) => usize::try_from(*n).ok(),
+            Dim::Named(_) | Dim::Unknown => None,
+        }
+    };
+    ModelInfo {
+        name: String::new(),
+        fingerprint: plain
+            .fingerprint()
+            .iter()
+            .map(|b| format!("{b:02x}"))
+            .collect(),
+        task: d.config.task.unwrap_or(anatomy.task),
+        inputs: anatomy
+            .inputs
+            .iter()
+            .map(|i| InputInfo {
+                name: i.name.clone(),
+                dtype: i.dtype,
+                dims: i
+                    .dims
+                    .iter()
+                    .map(|d| match d {
+                        Dim::Fixed(n) => usize::try_from(*n).ok(),
+                        Dim::Named(_) | Dim::Unknown => None,
+                    })
+                    .collect(),
+                axes: i.axes(),
+                role: i.role,
+            })
+            .collect(),
+        outputs: anatomy
+            .outputs
+            .iter()
+            .map(|o| ValueInfo {
+                name: o.name.clone(),
+                dtype: o.dtype,
+                axes: o.axes.clone(),
+                dims: o.dims.clone(),
+            })
+            .collect(),
+        main_output: d
+            .config
+            .main_output
+            .or_else(|| Some(plain.graph.name(anatomy.main_output?).to_owned()))
+            .unwrap_or_default(),
+        labels: d.config.labels,
+        dims: anatomy.dims,
+        hooks: anatomy
+            .hooks
+            .iter()
+            .map(|h| HookInfo {
+                name: h.name.clone(),
+                aliases: h.aliases.clone(),
+                layer: h.layer,
+                value: plain
+                    .graph
+                    .values()
+                    .find(|v| *v == h.value)
+                    .map(|v| plain.graph.name(v).to_owned())
+                    .unwrap_or_default(),
+                axes: h.axes.clone(),
+                dims: h.dims.clone(),
+                dtype: h.dtype,
+            })
+            .collect(),
+        missing: anatomy.missing.clone(),
+        certificate: d.certificate,
+        tokenizer: d.tokenizer,
+        pads: anatomy.pads,
+        fixed_batch: fixed(&[InputRole::TokenIds, InputRole::Pixels], 0),
+        fixed_length: fixed(&[InputRole::TokenIds], 1),
+        max_tokens: d.max_tokens,
+        producer: plain.producer.clone(),
+        opset: plain.opset(),
+        notes: d.notes,
+        runtime: d.runtime,
+        provider: d.options.provider.to_string(),
+        load: d.load,
+        picture: anatomy.picture.clone(),
+    }
+}

@@ -1,0 +1,114 @@
+//! What the `ort` crate does not offer safely: the version of a library before it is used, and tensors over bytes that somebody
+//! else keeps (mapped weights, shared memory).
+//!
+//! The one place of this module tree with `unsafe`.
+#![allow(unsafe_code)]
+
+use std::{
+    ffi::{CStr, c_char, c_void},
+    path::Path,
+    ptr::{self, NonNull},
+};
+
+use bytes::Bytes;
+use libloading::os::unix::{Library, RTLD_LAZY, RTLD_LOCAL};
+use ort::{
+    AsPointer as _,
+    memory::{Allocator, MemoryInfo},
+    value::DynValue,
+};
+
+use super::value;
+use crate::tensor::DType;
+
+/// The version that a library says it has. The library stays loaded.
+///
+/// # Errors
+/// When it cannot be loaded, or is no ONNX Runtime.
+pub(super) fn library_version(path: &Path) -> Result<String, String> {
+    // SAFETY: loading runs the library's initialisers. The path is absolute and comes from the operator or from our own
+    // search, never from a model or a request.
+    let library =
+        unsafe { Library::open(Some(path), RTLD_LAZY | RTLD_LOCAL) }.map_err(|e| e.to_string())?;
+    // SAFETY: every ONNX Runtime since 1.0 exports this function with this signature.
+    let base = unsafe {
+        library.get::<unsafe extern "C" fn() -> *const ort::sys::OrtApiBase>(b"OrtGetApiBase\0")
+    }
+    .map_err(|_| "it is not ONNX Runtime: it has no \"OrtGetApiBase\"".to_owned())?;
+    // SAFETY: the function takes nothing and returns a static struct, or null.
+    let base = unsafe { base().as_ref() }.ok_or("it gives no API")?;
+    // SAFETY: the string is static and ends in a zero.
+    let version: *const c_char = unsafe { (base.GetVersionString)() };
+    if version.is_null() {
+        return Err("it names no version".to_owned());
+    }
+    // SAFETY: as above.
+    let version = unsafe { CStr::from_ptr(version) }
+        .to_string_lossy()
+        .into_owned();
+    std::mem::forget(library); // pointers into it live on in `ort`
+    Ok(version)
+}
+
+/// A tensor that ONNX Runtime reads in place.
+///
+/// Fields drop in order: the handle, then the bytes behind it. Who hands [`Lent::value`] to a session must keep the
+/// `Lent` for as long as the session lives.
+#[derive(Debug)]
+pub(super) struct Lent {
+    value: std::sync::Arc<DynValue>,
+    _bytes: Bytes,
+}
+
+impl Lent {
+    /// A tensor over these bytes.
+    ///
+    /// # Errors
+    /// When the bytes do not fit the shape or are not aligned for the dtype; the caller then copies them.
+    pub(super) fn new(dtype: DType, shape: &[usize], bytes: Bytes) -> Result<Self, ort::Error> {
+        let wrong = |why: &str| ort::Error::new_with_code(ort::ErrorCode::InvalidArgument, why);
+        if crate::tensor::byte_len(dtype, shape) != bytes.len() as u128 {
+            return Err(wrong("the bytes do not fit the shape"));
+        }
+        if !bytes.as_ptr().addr().is_multiple_of(dtype.size()) {
+            return Err(wrong("the bytes are not aligned"));
+        }
+        if dtype == DType::Bool && bytes.iter().any(|b| *b > 1) {
+            return Err(wrong("a bool is neither 0 nor 1"));
+        }
+        let dims: Vec<i64> = shape
+            .iter()
+            .map(|d| i64::try_from(*d))
+            .collect::<Result<_, _>>()
+            .map_err(|_| wrong("an extent is too large"))?;
+        let memory = MemoryInfo::default();
+        let mut out = ptr::null_mut();
+        // SAFETY: the bytes are as long as the shape says and aligned (checked above), and stay in place: `Bytes` never moves what it owns, and
+        // this value keeps it. ONNX Runtime only reads weights and inputs; a write would fault on the read-only mapping.
+        let status = unsafe {
+            (ort::api().CreateTensorWithDataAsOrtValue)(
+                memory.ptr(),
+                bytes.as_ptr().cast_mut().cast::<c_void>(),
+                bytes.len(),
+                dims.as_ptr(),
+                dims.len(),
+                value::element(dtype).into(),
+                &raw mut out,
+            )
+        };
+        // SAFETY: the status comes from the call above.
+        unsafe { ort::Error::result_from_status(status) }?;
+        let out = NonNull::new(out).ok_or_else(|| wrong("the runtime made no tensor"))?;
+        // SAFETY: `out` is a new tensor of the CPU allocator that nobody else owns.
+        let value = unsafe { DynValue::from_ptr(out, Some(&Allocator::default())) };
+        Ok(Self {
+            value: std::sync::Arc::new(value),
+            _bytes: bytes,
+        })
+    }
+
+    /// The tensor.
+    pub(super) fn value(&self) -> &std::sync::Arc<DynValue> {
+        &self.value
+    }
+}
