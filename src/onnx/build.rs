@@ -50,6 +50,18 @@ pub(super) fn model(inputs: &[&str], nodes: &str, outputs: &[&str]) -> ModelProt
     }
 }
 
+/// Adds a weight of integers.
+pub(super) fn constant(m: &mut ModelProto, name: &str, values: &[i64]) {
+    let t = TensorProto {
+        name: name.to_owned(),
+        dims: vec![values.len() as i64],
+        data_type: 7,
+        int64_data: values.to_vec(),
+        ..TensorProto::default()
+    };
+    m.graph.as_mut().unwrap().initializer.push(t);
+}
+
 /// Encodes and reads back.
 pub(super) fn read(proto: &ModelProto) -> Result<Model, super::OnnxError> {
     use prost::Message as _;
@@ -71,5 +83,5 @@ pub(super) fn diamond() -> Model {
 #[test]
 fn attributes_come_back_as_they_were_given() {
     let a = Attribute::ints("perm", &[0, 2, 1]);
-    assert_eq!(a.0.ints, [0, 2, 1]);
+    assert_eq!(a.to_proto().ints, [0, 2, 1]);
 }

@@ -4,31 +4,28 @@ use bytes::Bytes;
 use half::{bf16, f16};
 
 use super::{
+    check,
     graph::{Graph, ValueId},
-    proto::{self, TensorProto, dtype_of, number_of},
+    proto::{TensorProto, dtype_of, number_of},
 };
-use crate::tensor::{DType, Tensor, byte_len};
+use crate::tensor::{DType, Tensor};
 
-/// Little-endian bytes of a dense tensor whose data stand in the message; `None` when shape and data disagree or the
-/// dtype is not one of ours.
+/// A dense tensor whose data stand in the message; `None` when shape and data disagree or the dtype is not one of ours.
 pub(super) fn tensor(t: &TensorProto) -> Option<Tensor> {
-    let dtype = dtype_of(t.data_type)?;
-    let shape = dims(&t.dims)?;
-    if byte_len(dtype, &shape) > isize::MAX as u128 {
-        return None;
-    }
-    Tensor::new(dtype, shape, bytes(t, dtype)).ok()
+    let dims = check::dims(t).ok()?;
+    let bytes = if t.raw_data.is_empty() {
+        listed(t)
+    } else {
+        t.raw_data.clone()
+    };
+    Tensor::new(dtype_of(t.data_type)?, dims, bytes).ok()
 }
 
-/// Extents that fit memory.
-pub(super) fn dims(dims: &[i64]) -> Option<Vec<usize>> {
-    dims.iter().map(|d| usize::try_from(*d).ok()).collect()
-}
-
-fn bytes(t: &TensorProto, dtype: DType) -> Bytes {
-    if !t.raw_data.is_empty() {
-        return t.raw_data.clone();
-    }
+/// Little-endian bytes of the numbers that a tensor message lists one by one; empty for dtypes that are not ours.
+pub(super) fn listed(t: &TensorProto) -> Bytes {
+    let Some(dtype) = dtype_of(t.data_type) else {
+        return Bytes::new();
+    };
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
     // the format stores narrow kinds in wide fields; the upper bits carry nothing
     let listed: Vec<u8> = match dtype {
@@ -52,6 +49,33 @@ fn bytes(t: &TensorProto, dtype: DType) -> Bytes {
     listed.into()
 }
 
+/// The elements of a tensor of type `i64` or `i32`.
+pub(super) fn ints(t: &Tensor) -> Option<Vec<i64>> {
+    let b = t.bytes();
+    match t.dtype() {
+        DType::I64 => {
+            let elements = b.as_chunks::<8>().0;
+            Some(elements.iter().map(|c| i64::from_le_bytes(*c)).collect())
+        }
+        DType::I32 => {
+            let elements = b.as_chunks::<4>().0;
+            let read = |c: &[u8; 4]| i64::from(i32::from_le_bytes(*c));
+            Some(elements.iter().map(read).collect())
+        }
+        DType::F32
+        | DType::F16
+        | DType::Bf16
+        | DType::F64
+        | DType::I8
+        | DType::I16
+        | DType::U8
+        | DType::U16
+        | DType::U32
+        | DType::U64
+        | DType::Bool => None,
+    }
+}
+
 /// The message of a tensor, its data inside.
 pub(super) fn message(name: &str, tensor: &Tensor) -> TensorProto {
     TensorProto {
@@ -66,13 +90,18 @@ pub(super) fn message(name: &str, tensor: &Tensor) -> TensorProto {
 impl Graph {
     /// The constant that a value is: an initializer or the output of a `Constant` node, looked for through `Identity`.
     pub fn constant(&self, value: ValueId) -> Option<Tensor> {
-        if let Some(i) = self.initializer(value) {
-            return i.tensor();
-        }
-        let node = self.node(self.producer(value)?);
-        if node.is("Identity") {
-            return self.constant(node.input(0)?);
-        }
+        let mut value = value;
+        // Ends: the graph has no cycle.
+        let node = loop {
+            if let Some(i) = self.initializer(value) {
+                return i.tensor();
+            }
+            let node = self.node(self.producer(value)?);
+            if !node.is("Identity") {
+                break node;
+            }
+            value = node.input(0)?;
+        };
         if !node.is("Constant") {
             return None;
         }
@@ -90,37 +119,9 @@ impl Graph {
             })
     }
 
-    /// The integers of a constant of an integer dtype, in row-major order.
+    /// The integers of a constant of type `i64` or `i32`, in row-major order.
     pub fn constant_ints(&self, value: ValueId) -> Option<Vec<i64>> {
-        let t = self.constant(value)?;
-        let b = t.bytes();
-        match t.dtype() {
-            DType::I64 => Some(
-                b.as_chunks::<8>()
-                    .0
-                    .iter()
-                    .map(|c| i64::from_le_bytes(*c))
-                    .collect(),
-            ),
-            DType::I32 => Some(
-                b.as_chunks::<4>()
-                    .0
-                    .iter()
-                    .map(|c| i64::from(i32::from_le_bytes(*c)))
-                    .collect(),
-            ),
-            DType::F32
-            | DType::F16
-            | DType::Bf16
-            | DType::F64
-            | DType::I8
-            | DType::I16
-            | DType::U8
-            | DType::U16
-            | DType::U32
-            | DType::U64
-            | DType::Bool => None,
-        }
+        ints(&self.constant(value)?)
     }
 
     /// The one number of a constant float tensor with a single element.
@@ -146,12 +147,4 @@ impl Graph {
             | DType::Bool => None,
         }
     }
-}
-
-/// Every dense tensor message in an attribute, subgraphs left out.
-pub(super) fn attribute_tensors(a: &proto::AttributeProto) -> impl Iterator<Item = &TensorProto> {
-    let sparse = a.sparse_tensor.iter().chain(&a.sparse_tensors);
-    a.t.iter()
-        .chain(&a.tensors)
-        .chain(sparse.flat_map(|s| s.values.iter().chain(&s.indices)))
 }

@@ -1,97 +1,146 @@
 //! The graph as text, a line per node, for `introspectd inspect --graph`.
 
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 
-use super::graph::{Dim, Graph, Port, ValueId};
+use super::{
+    attribute::{Attribute, Payload},
+    constant,
+    error::shown,
+    graph::{Dim, Graph, Port, ValueId},
+    node::Node,
+};
+
+/// Most numbers of an attribute that are written out.
+const LISTED: usize = 8;
 
 impl Graph {
     /// One line per input, weight, node and output: `%result = Operator(%a, %b) {attribute=value}`.
     pub fn dump(&self) -> String {
-        let mut out = format!("graph \"{}\"\n", self.name);
+        let mut out = String::new();
+        self.write(&mut out).expect("writing to a string succeeds");
+        out
+    }
+
+    fn write(&self, out: &mut String) -> fmt::Result {
+        writeln!(out, "graph \"{}\"", shown(&self.name))?;
         for port in self.inputs() {
-            let _ = writeln!(out, "input  {}", self.port(port));
+            writeln!(out, "input  {}", self.port(port))?;
         }
         let mut weights: Vec<_> = self.initializers().collect();
         weights.sort_by_key(|(name, _)| *name);
         for (name, weight) in weights {
-            let dtype = weight
-                .dtype()
-                .map_or_else(|| format!("type {}", weight.element), |d| d.to_string());
-            let _ = writeln!(out, "weight %{name}: {dtype}{:?}", weight.dims());
+            let name = shown(name);
+            match weight.dtype() {
+                Some(dtype) => writeln!(out, "weight %{name}: {dtype}{:?}", weight.dims)?,
+                None => writeln!(
+                    out,
+                    "weight %{name}: type {}{:?}",
+                    weight.element, weight.dims
+                )?,
+            }
+        }
+        for value in self.sparse.keys() {
+            writeln!(out, "weight {}: sparse", self.reference(Some(*value)))?;
         }
         for (_, node) in self.nodes() {
-            let list = |values: &[Option<ValueId>]| {
-                let shown: Vec<String> = values
-                    .iter()
-                    .map(|v| v.map_or_else(|| "_".to_owned(), |v| format!("%{}", self.name(v))))
-                    .collect();
-                shown.join(", ")
-            };
-            let domain = if node.domain.is_empty() {
-                String::new()
-            } else {
-                format!("{}::", node.domain)
-            };
-            let _ = write!(
-                out,
-                "{} = {domain}{}({})",
-                list(&node.outputs),
-                node.op,
-                list(&node.inputs)
-            );
-            let attributes: Vec<String> = node
-                .attributes
-                .iter()
-                .map(|a| format!("{}={}", a.name, attribute(a)))
-                .collect();
-            if !attributes.is_empty() {
-                let _ = write!(out, " {{{}}}", attributes.join(", "));
-            }
-            out.push('\n');
+            writeln!(out, "{}", self.line(node))?;
         }
         for port in self.outputs() {
-            let _ = writeln!(out, "output {}", self.port(port));
+            writeln!(out, "output {}", self.port(port))?;
         }
-        out
+        Ok(())
+    }
+
+    fn line(&self, node: &Node) -> String {
+        let list = |values: &[Option<ValueId>]| {
+            let shown = values.iter().map(|v| self.reference(*v));
+            shown.collect::<Vec<_>>().join(", ")
+        };
+        let domain = match node.domain.as_str() {
+            "" => String::new(),
+            domain => format!("{}::", shown(domain)),
+        };
+        let mut line = format!(
+            "{} = {domain}{}({})",
+            list(&node.outputs),
+            shown(&node.op),
+            list(&node.inputs)
+        );
+        if !node.attributes().is_empty() {
+            let pair = |a: &Attribute| format!("{}={}", shown(&a.name), attribute(a));
+            let pairs: Vec<String> = node.attributes().iter().map(pair).collect();
+            line += &format!(" {{{}}}", pairs.join(", "));
+        }
+        line
+    }
+
+    fn reference(&self, value: Option<ValueId>) -> String {
+        value.map_or_else(|| "_".to_owned(), |v| format!("%{}", shown(self.name(v))))
     }
 
     fn port(&self, port: &Port) -> String {
         let dtype = port.dtype().map_or("?", crate::tensor::DType::name);
-        let dims = port.dims().map_or_else(
-            || "[..]".to_owned(),
-            |dims| {
-                let shown: Vec<String> = dims
-                    .iter()
-                    .map(|d| match d {
-                        Dim::Fixed(n) => n.to_string(),
-                        Dim::Named(s) => s.clone(),
-                        Dim::Unknown => "?".to_owned(),
-                    })
-                    .collect();
-                format!("[{}]", shown.join(", "))
-            },
-        );
-        format!("%{}: {dtype}{dims}", self.name(port.value))
+        let dim = |d: &Dim| match d {
+            Dim::Fixed(n) => n.to_string(),
+            Dim::Named(s) => shown(s),
+            Dim::Unknown => "?".to_owned(),
+        };
+        let dims = match port.dims() {
+            None => "..".to_owned(),
+            Some(dims) => dims.iter().map(dim).collect::<Vec<_>>().join(", "),
+        };
+        format!("{}: {dtype}[{dims}]", self.reference(Some(port.value)))
     }
 }
 
-fn attribute(a: &super::proto::AttributeProto) -> String {
-    match a.r#type {
-        1 => a.f.to_string(),
-        2 => a.i.to_string(),
-        3 => format!("{:?}", String::from_utf8_lossy(&a.s)),
-        4 => a.t.as_ref().map_or_else(
-            || "tensor".to_owned(),
-            |t| {
-                super::constant::tensor(t)
-                    .filter(|t| t.elements() <= 4)
-                    .and_then(|t| t.to_f32().ok().map(|v| format!("{v:?}")))
-                    .unwrap_or_else(|| format!("tensor{:?}", t.dims))
-            },
-        ),
-        6 => format!("{:?}", a.floats),
-        7 => format!("{:?}", a.ints),
-        5 | 10 => "graph".to_owned(),
-        _ => "…".to_owned(),
+fn attribute(a: &Attribute) -> String {
+    match &a.payload {
+        Payload::Float(v) => v.to_string(),
+        Payload::Int(v) => v.to_string(),
+        Payload::String(v) => format!("\"{}\"", shown(&String::from_utf8_lossy(v))),
+        Payload::Floats(v) => list(v),
+        Payload::Ints(v) => list(v),
+        Payload::Tensor(t) if t.elements() > LISTED => format!("{}{:?}", t.dtype(), t.shape()),
+        Payload::Tensor(t) => match (constant::ints(t), t.to_f32()) {
+            (Some(v), _) => list(&v),
+            (None, Ok(v)) => list(&v),
+            (None, Err(_)) => format!("{}{:?}", t.dtype(), t.shape()),
+        },
+        Payload::Other(_) if a.graphs().next().is_some() => "graph".to_owned(),
+        Payload::Other(_) => "…".to_owned(),
+    }
+}
+
+fn list<T: ToString>(values: &[T]) -> String {
+    let mut shown: Vec<String> = values.iter().take(LISTED).map(T::to_string).collect();
+    if values.len() > LISTED {
+        shown.push(format!("… {} in all", values.len()));
+    }
+    format!("[{}]", shown.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::build::{diamond, model, read};
+
+    #[test]
+    fn a_diamond_reads_from_top_to_bottom() {
+        assert_eq!(
+            diamond().graph.dump(),
+            "graph \"test\"\n\
+             input  %x: f32[..]\n\
+             %a = Relu(%x)\n\
+             %b = Tanh(%x)\n\
+             %y = Add(%a, %b)\n\
+             output %y: f32[..]\n"
+        );
+    }
+
+    #[test]
+    fn a_name_with_a_line_break_stays_on_its_line() {
+        let mut m = model(&["x"], "y = Relu x", &["y"]);
+        m.graph.as_mut().unwrap().name = "a\nb".to_owned();
+        let dump = read(&m).unwrap().graph.dump();
+        assert!(dump.starts_with("graph \"a\\u{a}b\"\n"), "{dump}");
     }
 }

@@ -1,8 +1,12 @@
 //! Writing a model.
 
+use std::collections::HashSet;
+
 use prost::Message as _;
 
 use super::{
+    ValueId,
+    attribute::Attribute,
     graph::{Data, Dim, Graph, Initializer, Port, TypeFact},
     load::Model,
     proto::{
@@ -16,8 +20,8 @@ use super::{
 pub enum Weights {
     /// Into the message.
     Inline,
-    /// Weights of at least `from_bytes` that stand in a file of the model's folder are written as references to it; the
-    /// rest goes into the message.
+    /// Weights of at least `from_bytes` and of a [`crate::tensor::DType`] that stand in a file of the model's folder are
+    /// written as references to it; the rest goes into the message.
     ByReference {
         /// Smallest size that is worth a reference.
         from_bytes: usize,
@@ -34,17 +38,17 @@ impl Weights {
                     bytes,
                     origin: Some(_),
                 },
-            ) => bytes.len() >= from_bytes,
+            ) => weight.dtype().is_some() && bytes.len() >= from_bytes,
             _ => false,
         }
     }
 }
 
 impl Model {
-    /// The bytes of a `ModelProto`.
+    /// The bytes of a `ModelProto`. Equal models give equal bytes. Doc strings and training information are left out.
     pub fn encode(&self, weights: Weights) -> Vec<u8> {
         ModelProto {
-            ir_version: self.ir_version,
+            ir_version: self.written_version(),
             producer_name: self.producer.clone(),
             opset_import: self
                 .opsets
@@ -67,10 +71,21 @@ impl Model {
         }
         .encode_to_vec()
     }
+
+    /// Before version 4 every weight had to be an input too; a patch adds weights that are none.
+    fn written_version(&self) -> i64 {
+        let g = &self.graph;
+        let inputs: HashSet<ValueId> = g.inputs.iter().map(|p| p.value).collect();
+        if g.initializers.keys().all(|v| inputs.contains(v)) {
+            self.ir_version
+        } else {
+            self.ir_version.max(4)
+        }
+    }
 }
 
 fn graph(g: &Graph, weights: Weights) -> GraphProto {
-    let names = |values: &[Option<super::ValueId>]| {
+    let names = |values: &[Option<ValueId>]| {
         values
             .iter()
             .map(|v| v.map_or_else(String::new, |v| g.name(v).to_owned()))
@@ -93,24 +108,43 @@ fn graph(g: &Graph, weights: Weights) -> GraphProto {
                 name: n.name.clone(),
                 input: names(&n.inputs),
                 output: names(&n.outputs),
-                attribute: n.attributes.clone(),
+                attribute: n.attributes().iter().map(Attribute::to_proto).collect(),
                 ..NodeProto::default()
             })
             .collect(),
         input: g.inputs.iter().map(|p| port(g, p)).collect(),
         output: g.outputs.iter().map(|p| port(g, p)).collect(),
         initializer,
-        sparse_initializer: g.sparse.iter().map(|s| s.as_ref().clone()).collect(),
+        sparse_initializer: g.sparse.values().map(|s| s.as_ref().clone()).collect(),
+        value_info: inner_facts(g),
         ..GraphProto::default()
     }
 }
 
 fn port(g: &Graph, p: &Port) -> ValueInfoProto {
+    let other = || g.other_types.get(&p.value).map(|t| t.as_ref().clone());
     ValueInfoProto {
         name: g.name(p.value).to_owned(),
-        r#type: p.fact.as_ref().map(fact),
+        r#type: p.fact.as_ref().map(fact).or_else(other),
         ..ValueInfoProto::default()
     }
+}
+
+/// What is declared about values that nodes make, outputs left out.
+fn inner_facts(g: &Graph) -> Vec<ValueInfoProto> {
+    let made = g.nodes().flat_map(|(_, n)| n.outputs.iter().flatten());
+    let outputs: HashSet<ValueId> = g.outputs.iter().map(|p| p.value).collect();
+    made.filter(|v| !outputs.contains(v))
+        .filter_map(|v| {
+            let of_tensor = g.declared.get(v).map(fact);
+            let other = || g.other_types.get(v).map(|t| t.as_ref().clone());
+            Some(ValueInfoProto {
+                name: g.name(*v).to_owned(),
+                r#type: Some(of_tensor.or_else(other)?),
+                ..ValueInfoProto::default()
+            })
+        })
+        .collect()
 }
 
 fn fact(f: &TypeFact) -> TypeProto {

@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    os::fd::OwnedFd,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Component, Path, PathBuf},
 };
 
@@ -14,15 +14,25 @@ use rustix::{
 
 use super::{OnnxError, mapped};
 
+/// NONBLOCK: opening a FIFO must not wait for a writer.
+const FILE: OFlags = OFlags::RDONLY
+    .union(OFlags::CLOEXEC)
+    .union(OFlags::NONBLOCK)
+    .union(OFlags::NOCTTY);
+const DIRECTORY: OFlags = OFlags::RDONLY
+    .union(OFlags::DIRECTORY)
+    .union(OFlags::CLOEXEC);
+
 /// An open folder. Paths are resolved by the kernel beneath it (`openat2` with `RESOLVE_BENEATH`), so that no race
-/// and no link can lead out.
+/// and no link can lead out. Where the kernel has no `openat2`, they are opened step by step, and links are refused.
 ///
 /// A folder may stand in a *repository*: then links are followed as long as they stay inside the repository, which is how the hub's
-/// cache lays snapshots out (links into `blobs/`). Without one, links and files with several names are refused.
+/// cache lays snapshots out (links into `blobs/`). Without one, links are refused. A file with several names (hard links) is
+/// refused always: its other name may stand anywhere.
 #[derive(Debug)]
 pub struct Folder {
     root: OwnedFd,
-    /// Path of the folder inside the root; empty without a repository.
+    /// Path of the folder inside the root.
     inside: PathBuf,
     follow_links: bool,
 }
@@ -39,48 +49,60 @@ impl Folder {
 
     /// Opens `repository/inside`, following links that stay beneath the repository.
     pub fn in_repository(repository: &Path, inside: &Path) -> Result<Self, OnnxError> {
-        plain(inside)?;
         Ok(Self {
             root: directory(repository)?,
-            inside: inside.to_owned(),
+            inside: if inside.as_os_str().is_empty() {
+                PathBuf::new()
+            } else {
+                plain(inside)?
+            },
             follow_links: true,
         })
     }
 
+    /// The folder in which a file of this folder stands, and the file's name there.
+    pub(super) fn of_file(&self, file: &str) -> Result<(Folder, String), OnnxError> {
+        let path = plain(Path::new(file))?;
+        let name = path
+            .file_name()
+            .expect("a plain path has a last name")
+            .to_string_lossy()
+            .into_owned();
+        let folder = Folder {
+            root: self.root.try_clone().map_err(|e| OnnxError::io(file, e))?,
+            inside: self.inside.join(path.parent().unwrap_or(Path::new(""))),
+            follow_links: self.follow_links,
+        };
+        Ok((folder, name))
+    }
+
     /// Opens a regular file by its path relative to the folder.
     pub fn file(&self, name: &str) -> Result<File, OnnxError> {
-        plain(Path::new(name))?;
+        let path = self.inside.join(plain(Path::new(name))?);
         let mut resolve = ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS;
         if !self.follow_links {
             resolve |= ResolveFlags::NO_SYMLINKS;
         }
-        // NONBLOCK: opening a FIFO must not wait for a writer.
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-        let fd = openat2(
-            &self.root,
-            self.inside.join(name),
-            flags,
-            Mode::empty(),
-            resolve,
-        )
-        .map_err(|e| match e {
-            Errno::XDEV => refuse(name, "it leads out of the model's folder"),
-            Errno::LOOP => refuse(name, "it is a link"),
-            Errno::NXIO | Errno::NODEV => refuse(name, "it is not a regular file"),
-            e => OnnxError::Io {
-                file: name.to_owned(),
-                why: e.to_string(),
-            },
+        let opened = match openat2(&self.root, &path, FILE, Mode::empty(), resolve) {
+            // The kernel is older than 5.6, or a container's filter does not know the call.
+            Err(Errno::NOSYS | Errno::PERM) => open_step_by_step(self.root.as_fd(), &path),
+            other => other,
+        };
+        let fd = opened.map_err(|e| match e {
+            Errno::XDEV => OnnxError::confined(name, "it leads out of the model's folder"),
+            Errno::LOOP => OnnxError::confined(name, "it is a link"),
+            Errno::NXIO | Errno::NODEV => OnnxError::confined(name, "it is not a regular file"),
+            e => OnnxError::io(name, e),
         })?;
-        let stat = fstat(&fd).map_err(|e| OnnxError::Io {
-            file: name.to_owned(),
-            why: e.to_string(),
-        })?;
+        let stat = fstat(&fd).map_err(|e| OnnxError::io(name, e))?;
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-            return Err(refuse(name, "it is not a regular file"));
+            return Err(OnnxError::confined(name, "it is not a regular file"));
         }
-        if stat.st_nlink > 1 && !self.follow_links {
-            return Err(refuse(name, "it has several names (hard links)"));
+        if stat.st_nlink > 1 {
+            return Err(OnnxError::confined(
+                name,
+                "it has several names (hard links); put a copy in its place",
+            ));
         }
         Ok(File::from(fd))
     }
@@ -88,55 +110,66 @@ impl Folder {
     /// Maps a regular file of at most `limit` bytes.
     pub fn map(&self, name: &str, limit: u64) -> Result<Bytes, OnnxError> {
         let file = self.file(name)?;
-        let io = |e: std::io::Error| OnnxError::Io {
-            file: name.to_owned(),
-            why: e.to_string(),
-        };
-        if file.metadata().map_err(io)?.len() > limit {
+        let length = file.metadata().map_err(|e| OnnxError::io(name, e))?.len();
+        if length > limit {
             return Err(OnnxError::Limit {
                 what: "the size of a file",
                 limit,
             });
         }
-        mapped::map(&file).map_err(io)
+        mapped::map(&file, length).map_err(|e| OnnxError::io(name, e))
     }
 }
 
 fn directory(path: &Path) -> Result<OwnedFd, OnnxError> {
-    openat(
-        CWD,
-        path,
-        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )
-    .map_err(|e| OnnxError::Io {
-        file: path
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned(),
-        why: e.to_string(),
+    openat(CWD, path, DIRECTORY, Mode::empty()).map_err(|e| {
+        // The path itself is the host's business.
+        let name = path.file_name().unwrap_or_default();
+        OnnxError::io(&name.to_string_lossy(), e)
     })
 }
 
-/// Only names: no root, no `.`, no `..`, no NUL, not empty.
-fn plain(path: &Path) -> Result<(), OnnxError> {
-    let text = path.to_string_lossy();
-    let names = path.components().all(|c| matches!(c, Component::Normal(_)));
-    if !names || text.is_empty() || text.contains('\0') {
-        return Err(refuse(
-            &text,
-            "it must be a path inside the model's folder, without \"..\"",
-        ));
+/// What `openat2` does without following links, a folder at a time.
+fn open_step_by_step(root: BorrowedFd<'_>, path: &Path) -> Result<OwnedFd, Errno> {
+    let mut at: Option<OwnedFd> = None;
+    let mut names = path.iter().peekable();
+    while let Some(name) = names.next() {
+        let folder = at.as_ref().map_or(root, AsFd::as_fd);
+        let flags = if names.peek().is_some() {
+            DIRECTORY
+        } else {
+            FILE
+        };
+        let opened = openat(folder, name, flags | OFlags::NOFOLLOW, Mode::empty());
+        // A link where a folder should be.
+        let opened = opened.map_err(|e| if e == Errno::NOTDIR { Errno::LOOP } else { e })?;
+        at = Some(opened);
     }
-    Ok(())
+    at.ok_or(Errno::NOENT)
 }
 
-fn refuse(file: &str, why: &'static str) -> OnnxError {
-    OnnxError::Confined {
-        file: file.chars().take(120).collect(),
-        why,
-    }
+/// The path when it consists of names only: no root, no `..`, no NUL, not empty. `.` falls away.
+pub(super) fn plain(path: &Path) -> Result<PathBuf, OnnxError> {
+    let names: Option<PathBuf> = path
+        .components()
+        .filter(|c| *c != Component::CurDir)
+        .map(|c| match c {
+            Component::Normal(name) => Some(name),
+            Component::Prefix(_)
+            | Component::RootDir
+            | Component::CurDir
+            | Component::ParentDir => None,
+        })
+        .collect();
+    let text = path.to_string_lossy();
+    names
+        .filter(|n| n.iter().next().is_some() && !text.contains('\0'))
+        .ok_or_else(|| {
+            OnnxError::confined(
+                &text,
+                "it must be a path inside the model's folder, without \"..\"",
+            )
+        })
 }
 
 #[cfg(test)]
@@ -161,6 +194,7 @@ mod tests {
         let (_keep, folder) = folder();
         assert_eq!(&folder.map("weights", 10).unwrap()[..], b"abc");
         assert_eq!(&folder.map("sub/more", 10).unwrap()[..], b"defg");
+        assert_eq!(&folder.map("./sub//more", 10).unwrap()[..], b"defg");
     }
 
     #[test]
@@ -197,6 +231,22 @@ mod tests {
                 "{name:?}: {got:?}"
             );
         }
+        let got = folder.map("absent", 1000);
+        assert!(matches!(got, Err(OnnxError::Io { .. })), "{got:?}");
+    }
+
+    #[test]
+    fn step_by_step_opens_what_openat2_opens_and_no_link() {
+        let (keep, folder) = folder();
+        let model = keep.path().join("model");
+        symlink("weights", model.join("link")).unwrap();
+        symlink("sub", model.join("linked")).unwrap();
+        let open = |name: &str| open_step_by_step(folder.root.as_fd(), Path::new(name));
+        assert!(open("weights").is_ok());
+        assert!(open("sub/more").is_ok());
+        assert_eq!(open("link").unwrap_err(), Errno::LOOP);
+        assert_eq!(open("linked/more").unwrap_err(), Errno::LOOP);
+        assert_eq!(open("absent").unwrap_err(), Errno::NOENT);
     }
 
     #[test]
@@ -208,13 +258,23 @@ mod tests {
         fs::create_dir_all(repository.join("snapshots/1")).unwrap();
         fs::write(repository.join("blobs/f00"), b"weights").unwrap();
         symlink("../../blobs/f00", repository.join("snapshots/1/model.onnx")).unwrap();
+        fs::hard_link(keep.path().join("secret"), repository.join("blobs/hard")).unwrap();
         symlink("../../../secret", repository.join("snapshots/1/bad")).unwrap();
+        symlink(
+            keep.path().join("secret"),
+            repository.join("snapshots/1/far"),
+        )
+        .unwrap();
+        symlink("../../blobs/hard", repository.join("snapshots/1/hard")).unwrap();
         let folder = Folder::in_repository(&repository, Path::new("snapshots/1")).unwrap();
         assert_eq!(&folder.map("model.onnx", 100).unwrap()[..], b"weights");
-        assert!(matches!(
-            folder.map("bad", 100),
-            Err(OnnxError::Confined { .. })
-        ));
+        for name in ["bad", "far", "hard", "../1/model.onnx"] {
+            let got = folder.map(name, 100);
+            assert!(
+                matches!(got, Err(OnnxError::Confined { .. })),
+                "{name}: {got:?}"
+            );
+        }
     }
 
     #[test]

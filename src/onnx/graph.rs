@@ -1,7 +1,8 @@
 //! The graph: values, nodes, who makes and who reads what. Immutable once built.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    cmp::Reverse,
+    collections::{BTreeMap, BinaryHeap, HashMap, HashSet},
     sync::Arc,
 };
 
@@ -10,7 +11,7 @@ use bytes::Bytes;
 use super::{
     OnnxError,
     node::Node,
-    proto::{TensorProto, dtype_of},
+    proto::{SparseTensorProto, TensorProto, TypeProto, dtype_of},
 };
 use crate::tensor::{DType, Tensor};
 
@@ -142,12 +143,18 @@ pub struct Graph {
     pub(super) inputs: Vec<Port>,
     pub(super) outputs: Vec<Port>,
     pub(super) initializers: HashMap<ValueId, Arc<Initializer>>,
-    pub(super) sparse: Vec<Arc<super::proto::SparseTensorProto>>,
+    pub(super) sparse: BTreeMap<ValueId, Arc<SparseTensorProto>>,
     pub(super) declared: HashMap<ValueId, TypeFact>,
+    /// Declared types that are no tensors.
+    pub(super) other_types: HashMap<ValueId, Arc<TypeProto>>,
+    /// Names of values inside subgraphs; a new value must not take one.
+    pub(super) inner: Arc<HashSet<Arc<str>>>,
     // Derived by `finish`:
     order: Vec<NodeId>,
     producers: Vec<Option<NodeId>>,
-    consumers: Vec<Vec<(NodeId, usize)>>,
+    /// Readers of all values in one list, and where those of each value begin in it.
+    readers: Vec<(NodeId, usize)>,
+    readers_from: Vec<u32>,
 }
 
 impl Graph {
@@ -160,11 +167,14 @@ impl Graph {
             inputs: Vec::new(),
             outputs: Vec::new(),
             initializers: HashMap::new(),
-            sparse: Vec::new(),
+            sparse: BTreeMap::new(),
             declared: HashMap::new(),
+            other_types: HashMap::new(),
+            inner: Arc::default(),
             order: Vec::new(),
             producers: Vec::new(),
-            consumers: Vec::new(),
+            readers: Vec::new(),
+            readers_from: Vec::new(),
         }
     }
 
@@ -183,57 +193,39 @@ impl Graph {
     /// Checks the invariants and derives producers, consumers and order.
     pub(super) fn finish(mut self) -> Result<Self, OnnxError> {
         let count = self.names.len();
-        self.producers = vec![None; count];
-        self.consumers = vec![Vec::new(); count];
         let mut given: Vec<bool> = vec![false; count];
         for port in &self.inputs {
-            if std::mem::replace(&mut given[port.value.0 as usize], true) {
+            if std::mem::replace(&mut given[port.value.index()], true) {
                 return Err(self.invalid(port.value, "is an input twice"));
             }
         }
         // An initializer may give an input its default; anything else named twice is an error.
-        for value in self.initializers.keys() {
-            given[value.0 as usize] = true;
+        for value in self.initializers.keys().chain(self.sparse.keys()) {
+            given[value.index()] = true;
         }
-        for tensor in &self.sparse {
-            let name = tensor.values.as_ref().map_or("", |v| &v.name);
-            if let Some(value) = self.index.get(name) {
-                given[value.0 as usize] = true;
-            }
-        }
+        self.producers = vec![None; count];
         for (at, node) in self.nodes.iter().enumerate() {
             let Some(node) = node else { continue };
-            let id = NodeId(at as u32);
             for value in node.outputs.iter().flatten() {
-                let slot = &mut self.producers[value.0 as usize];
-                if slot.is_some() || given[value.0 as usize] {
+                let slot = &mut self.producers[value.index()];
+                if slot.is_some() || given[value.index()] {
                     return Err(self.invalid(*value, "is made twice"));
                 }
-                *slot = Some(id);
-            }
-            for (slot, value) in node.inputs.iter().enumerate() {
-                if let Some(value) = value {
-                    self.consumers[value.0 as usize].push((id, slot));
-                }
-            }
-            for (extra, value) in node.implicit.iter().enumerate() {
-                self.consumers[value.0 as usize].push((id, node.inputs.len() + extra));
+                *slot = Some(NodeId(at as u32));
             }
         }
-        for (at, readers) in self.consumers.iter().enumerate() {
-            if let Some((reader, _)) = readers.first()
-                && !given[at]
-                && self.producers[at].is_none()
-            {
-                let node = self.node(*reader).label();
-                return Err(OnnxError::invalid(
-                    format!("node \"{node}\""),
-                    format!("reads \"{}\", which nothing makes", self.names[at]),
-                ));
+        self.index_readers();
+        for (at, there) in given.iter().enumerate() {
+            if *there || self.producers[at].is_some() {
+                continue;
+            }
+            if let Some((reader, _)) = self.consumers(ValueId(at as u32)).first() {
+                let why = format!("reads \"{}\", which nothing makes", self.names[at]);
+                return Err(OnnxError::invalid(self.place(*reader), why));
             }
         }
         for port in &self.outputs {
-            if !given[port.value.0 as usize] && self.producers[port.value.0 as usize].is_none() {
+            if !given[port.value.index()] && self.producers[port.value.index()].is_none() {
                 return Err(self.invalid(port.value, "is an output that nothing makes"));
             }
         }
@@ -241,50 +233,92 @@ impl Graph {
         Ok(self)
     }
 
+    /// Every read of a value, with its node and slot; slots past a node's inputs stand for its subgraphs.
+    fn reads(&self) -> impl Iterator<Item = (ValueId, NodeId, usize)> + '_ {
+        let nodes = self.nodes.iter().enumerate();
+        nodes.flat_map(|(at, node)| {
+            let reads = node.iter().flat_map(|n| {
+                let inputs = n.inputs.iter().copied();
+                let slots = inputs.chain(n.implicit.iter().copied().map(Some));
+                slots.enumerate()
+            });
+            reads.filter_map(move |(slot, value)| Some((value?, NodeId(at as u32), slot)))
+        })
+    }
+
+    fn index_readers(&mut self) {
+        let mut from = vec![0u32; self.names.len() + 1];
+        for (value, _, _) in self.reads() {
+            from[value.index() + 1] += 1;
+        }
+        for at in 1..from.len() {
+            from[at] += from[at - 1];
+        }
+        let mut next = from.clone();
+        let mut readers = vec![(NodeId(0), 0); from.last().map_or(0, |n| *n as usize)];
+        for (value, node, slot) in self.reads() {
+            let place = &mut next[value.index()];
+            readers[*place as usize] = (node, slot);
+            *place += 1;
+        }
+        (self.readers, self.readers_from) = (readers, from);
+    }
+
     fn invalid(&self, value: ValueId, why: &str) -> OnnxError {
         OnnxError::invalid(format!("value \"{}\"", self.name(value)), why)
+    }
+
+    /// A node in an error: by its name, or by what it makes when it has none.
+    fn place(&self, id: NodeId) -> String {
+        let node = self.node(id);
+        match node.outputs.iter().flatten().next() {
+            Some(made) if node.name.is_empty() => {
+                format!("node \"{} of {}\"", node.op, self.name(*made))
+            }
+            _ => format!("node \"{}\"", node.label()),
+        }
     }
 
     /// Kahn's algorithm, taking nodes in the order of the file wherever it is free to choose, so that order is a
     /// function of the file.
     fn topological(&self) -> Result<Vec<NodeId>, OnnxError> {
         let mut waits: Vec<usize> = vec![0; self.nodes.len()];
-        let mut ready = BTreeSet::new();
+        let mut ready = BinaryHeap::new();
         let mut present = 0;
+        let made = |v: &ValueId| self.producers[v.index()];
         for (at, node) in self.nodes.iter().enumerate() {
             let Some(node) = node else { continue };
             present += 1;
-            waits[at] = node
-                .reads()
-                .filter(|v| self.producers[v.0 as usize].is_some())
-                .count();
+            waits[at] = node.reads().filter(|v| made(v).is_some()).count();
             if waits[at] == 0 {
-                ready.insert(NodeId(at as u32));
+                ready.push(Reverse(NodeId(at as u32)));
             }
         }
         let mut order = Vec::with_capacity(present);
-        while let Some(id) = ready.pop_first() {
+        while let Some(Reverse(id)) = ready.pop() {
             order.push(id);
             for value in self.node(id).outputs.iter().flatten() {
-                for (reader, _) in &self.consumers[value.0 as usize] {
+                for (reader, _) in self.consumers(*value) {
                     let left = &mut waits[reader.0 as usize];
                     *left -= 1;
                     if *left == 0 {
-                        ready.insert(*reader);
+                        ready.push(Reverse(*reader));
                     }
                 }
             }
         }
-        if order.len() < present {
-            let stuck = (0..self.nodes.len())
-                .find(|at| waits[*at] > 0)
-                .map_or_else(String::new, |at| self.node(NodeId(at as u32)).label());
-            return Err(OnnxError::invalid(
-                format!("node \"{stuck}\""),
-                "is part of a cycle",
-            ));
+        if order.len() == present {
+            return Ok(order);
         }
-        Ok(order)
+        // Every node that waits has a maker that waits: going back as many steps as there are nodes ends on the cycle.
+        let waiting = |id: &NodeId| waits[id.0 as usize] > 0;
+        let mut at = (0..self.nodes.len() as u32).map(NodeId).find(waiting);
+        for _ in 0..self.nodes.len() {
+            let maker = |id: NodeId| self.node(id).reads().filter_map(|v| made(&v)).find(waiting);
+            at = at.and_then(maker);
+        }
+        let place = at.map_or_else(|| "graph".to_owned(), |id| self.place(id));
+        Err(OnnxError::invalid(place, "is part of a cycle"))
     }
 
     /// Name of the graph in the file.
@@ -323,7 +357,7 @@ impl Graph {
     }
 
     /// Every value that the graph has or had before a patch.
-    pub fn values(&self) -> impl Iterator<Item = ValueId> + use<> {
+    pub fn values(&self) -> impl ExactSizeIterator<Item = ValueId> + use<> {
         (0..self.names.len() as u32).map(ValueId)
     }
 
@@ -334,14 +368,15 @@ impl Graph {
 
     /// The nodes that read a value, each with the input slot; slots past a node's inputs stand for its subgraphs.
     pub fn consumers(&self, value: ValueId) -> &[(NodeId, usize)] {
-        &self.consumers[value.0 as usize]
+        let at = value.index();
+        &self.readers[self.readers_from[at] as usize..self.readers_from[at + 1] as usize]
     }
 
     /// Inputs that a caller must give: those without a default.
     pub fn inputs(&self) -> impl Iterator<Item = &Port> + '_ {
-        self.inputs
-            .iter()
-            .filter(|p| !self.initializers.contains_key(&p.value))
+        self.inputs.iter().filter(|p| {
+            !self.initializers.contains_key(&p.value) && !self.sparse.contains_key(&p.value)
+        })
     }
 
     /// Outputs in order.
@@ -369,24 +404,6 @@ impl Graph {
     /// What the file declares about a value. A hint.
     pub fn declared(&self, value: ValueId) -> Option<&TypeFact> {
         self.declared.get(&value)
-    }
-
-    /// Nodes whose integer division may meet a zero that a request brings: a fault that can end the process.
-    pub fn integer_divisions(&self) -> Vec<NodeId> {
-        self.nodes()
-            .filter(|(_, n)| n.is_any(&["Div", "Mod"]))
-            .filter(|(_, n)| {
-                n.input(1).is_some_and(|d| {
-                    // A constant divisor is checked by the runtime when it loads; a float one cannot trap.
-                    let float = self
-                        .declared(d)
-                        .and_then(|f| f.dtype)
-                        .is_some_and(DType::is_float);
-                    self.constant(d).is_none() && !float
-                })
-            })
-            .map(|(id, _)| id)
-            .collect()
     }
 }
 

@@ -1,30 +1,31 @@
 //! From bytes to a model: scan, decode, inline, check, build.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashSet},
     sync::Arc,
 };
 
 use bytes::Bytes;
 use prost::Message as _;
-use sha2::{Digest as _, Sha256};
 
 use super::{
-    Folder, Limits, OnnxError, constant, functions,
-    graph::{Data, Dim, Graph, Initializer, Origin, Port, TypeFact},
-    limits,
+    Folder, Limits, OnnxError, ValueId,
+    attribute::Attribute,
+    check::{self, label, standard},
+    external::{Place, TensorFiles},
+    functions,
+    graph::{Dim, Graph, Port, TypeFact},
     node::{self, Node},
     proto::{
-        GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, ValueInfoProto, dtype_of,
+        GraphProto, ModelProto, NodeProto, SparseTensorProto, ValueInfoProto, dtype_of,
         tensor_shape_proto::dimension, type_proto,
     },
+    scan::scan,
 };
-use crate::tensor::byte_len;
 
-/// Oldest and newest IR version that the runtime reads.
-const IR_VERSIONS: std::ops::RangeInclusive<i64> = 3..=13;
-/// Oldest and newest standard operator set.
-const OPSETS: std::ops::RangeInclusive<i64> = 7..=26;
+/// Most axes and largest extent of a declared shape.
+const RANK: usize = 64;
+const EXTENT: i64 = 1 << 40;
 
 /// A model file, read.
 #[derive(Clone, Debug)]
@@ -43,10 +44,13 @@ pub struct Model {
 }
 
 impl Model {
-    /// Reads `file` of a folder. Weights stay in the mapped files.
+    /// Reads `file` of a folder. Weights stay in the mapped files. External data are looked for beneath the folder in which
+    /// the file itself stands, and [`super::Origin`]s are relative to it.
     pub fn open(folder: &Folder, file: &str, limits: &Limits) -> Result<Model, OnnxError> {
         let bytes = folder.map(file, limits.file_bytes)?;
-        read(bytes, Some((folder, file)), limits)
+        let (folder, name) = folder.of_file(file)?;
+        let file = name.into();
+        read(bytes, Some(Place { folder, file }), limits)
     }
 
     /// Reads a model from memory. It can have no external data, since there is no folder.
@@ -63,46 +67,40 @@ impl Model {
     pub fn with_graph(&self, graph: Graph) -> Model {
         Model {
             graph,
-            ..self.clone()
+            ir_version: self.ir_version,
+            opsets: self.opsets.clone(),
+            producer: self.producer.clone(),
+            metadata: self.metadata.clone(),
+            fingerprint: self.fingerprint,
         }
     }
 
-    /// SHA-256 over the model file and the external data that it uses.
+    /// SHA-256 of the model file; with external data, of that and of the name and SHA-256 of each further file, by name.
     pub fn fingerprint(&self) -> [u8; 32] {
         self.fingerprint
     }
 }
 
-fn read(bytes: Bytes, place: Option<(&Folder, &str)>, limits: &Limits) -> Result<Model, OnnxError> {
-    limits::scan(&bytes, limits)?;
-    let mut proto = ModelProto::decode(bytes.clone())
-        .map_err(|e| OnnxError::Malformed(e.to_string().chars().take(200).collect()))?;
-    if !IR_VERSIONS.contains(&proto.ir_version) {
-        return Err(OnnxError::invalid(
-            "ir_version",
-            format!(
-                "{} is outside {} to {}",
-                proto.ir_version,
-                IR_VERSIONS.start(),
-                IR_VERSIONS.end()
-            ),
-        ));
-    }
+fn read(bytes: Bytes, place: Option<Place>, limits: &Limits) -> Result<Model, OnnxError> {
+    scan(&bytes, limits)?;
+    let mut proto =
+        ModelProto::decode(bytes.clone()).map_err(|e| OnnxError::malformed(e.to_string()))?;
     functions::inline(&mut proto, limits)?;
-    let opsets = opsets(&proto)?;
+    let opsets = check::versions(&proto)?;
+    check::metadata(&proto)?;
     let graph = proto
         .graph
         .take()
-        .ok_or_else(|| OnnxError::Malformed("it has no graph".to_owned()))?;
-    let mut weights = WeightFiles {
-        model: bytes.clone(),
-        place,
+        .ok_or_else(|| OnnxError::malformed("it has no graph"))?;
+    let mut reader = Reader {
+        files: TensorFiles::new(bytes, place, limits),
         limits,
-        files: HashMap::new(),
-        total: 0,
+        opsets: &opsets,
+        nodes: 0,
+        inner: HashSet::new(),
     };
-    let graph = build(graph, &mut weights)?;
-    let fingerprint = weights.fingerprint();
+    let graph = reader.graph(graph)?;
+    let fingerprint = reader.files.fingerprint();
     Ok(Model {
         graph,
         ir_version: proto.ir_version,
@@ -119,96 +117,156 @@ fn read(bytes: Bytes, place: Option<(&Folder, &str)>, limits: &Limits) -> Result
     })
 }
 
-fn opsets(proto: &ModelProto) -> Result<BTreeMap<String, i64>, OnnxError> {
-    let mut opsets = BTreeMap::new();
-    for import in &proto.opset_import {
-        let domain = standard(&import.domain);
-        if opsets.insert(domain.to_owned(), import.version).is_some() {
-            return Err(OnnxError::invalid(
-                format!("operator set \"{domain}\""),
-                "is imported twice",
-            ));
-        }
-    }
-    let version = opsets.get("").copied().unwrap_or(0);
-    if !OPSETS.contains(&version) {
-        return Err(OnnxError::invalid(
-            "operator set",
-            format!(
-                "version {version} of the standard operators is outside {} to {}; export the model again",
-                OPSETS.start(),
-                OPSETS.end()
-            ),
-        ));
-    }
-    Ok(opsets)
+struct Reader<'a> {
+    files: TensorFiles<'a>,
+    limits: &'a Limits,
+    opsets: &'a BTreeMap<String, i64>,
+    nodes: u64,
+    /// Names that subgraphs give to values of their own.
+    inner: HashSet<Arc<str>>,
 }
 
-fn standard(domain: &str) -> &str {
-    if domain == "ai.onnx" { "" } else { domain }
-}
+impl Reader<'_> {
+    fn graph(&mut self, proto: GraphProto) -> Result<Graph, OnnxError> {
+        let mut graph = Graph::empty(proto.name);
+        for input in &proto.input {
+            let value = graph.intern(named(&input.name, "an input")?);
+            let fact = graph.declare(value, input)?;
+            graph.inputs.push(Port { value, fact });
+        }
+        for t in proto.initializer {
+            let value = graph.intern(named(&t.name, "a weight")?);
+            let weight = self.files.initializer(t)?;
+            if graph.initializers.insert(value, Arc::new(weight)).is_some() {
+                let place = format!("weight \"{}\"", graph.name(value));
+                return Err(OnnxError::invalid(place, "is there twice"));
+            }
+        }
+        for mut s in proto.sparse_initializer {
+            self.sparse(&mut s)?;
+            let values = s.values.as_ref();
+            let name = named(values.map_or("", |v| &v.name), "a sparse weight")?;
+            let value = graph.intern(name);
+            if graph.sparse.insert(value, Arc::new(s)).is_some() {
+                let place = format!("sparse weight \"{}\"", graph.name(value));
+                return Err(OnnxError::invalid(place, "is there twice"));
+            }
+        }
+        for n in proto.node {
+            let node = self.node(&mut graph, n)?;
+            graph.nodes.push(Some(Arc::new(node)));
+        }
+        let mut seen = HashSet::new();
+        for output in &proto.output {
+            let value = graph.intern(named(&output.name, "an output")?);
+            if !seen.insert(value) {
+                let place = format!("output \"{}\"", output.name);
+                return Err(OnnxError::invalid(place, "is there twice"));
+            }
+            let fact = graph.declare(value, output)?;
+            graph.outputs.push(Port { value, fact });
+        }
+        if graph.outputs.is_empty() {
+            return Err(OnnxError::invalid("graph", "has no output"));
+        }
+        for info in &proto.value_info {
+            if let Some(value) = graph.value(&info.name)
+                && !graph.declared.contains_key(&value)
+            {
+                graph.declare(value, info)?;
+            }
+        }
+        for port in &mut graph.outputs {
+            if port.fact.is_none() {
+                port.fact = graph.declared.get(&port.value).cloned();
+            }
+        }
+        graph.inner = Arc::new(std::mem::take(&mut self.inner));
+        graph.finish()
+    }
 
-fn build(proto: GraphProto, weights: &mut WeightFiles<'_>) -> Result<Graph, OnnxError> {
-    let mut graph = Graph::empty(proto.name);
-    for input in &proto.input {
-        let value = graph.intern(named(&input.name, "an input")?);
-        graph.inputs.push(Port {
-            value,
-            fact: tensor_fact(input)?,
-        });
+    fn node(&mut self, graph: &mut Graph, mut proto: NodeProto) -> Result<Node, OnnxError> {
+        self.checked(&mut proto, 0)?;
+        let mut list = |names: &[String]| -> Vec<Option<ValueId>> {
+            let id = |n: &String| (!n.is_empty()).then(|| graph.intern(n));
+            names.iter().map(id).collect()
+        };
+        let (inputs, outputs) = (list(&proto.input), list(&proto.output));
+        let outer = node::outer_names(&proto);
+        let implicit = outer.into_iter().map(|n| graph.intern(n)).collect();
+        let attributes = std::mem::take(&mut proto.attribute);
+        Ok(Node {
+            op: proto.op_type,
+            domain: standard(&proto.domain).to_owned(),
+            name: proto.name,
+            inputs,
+            outputs,
+            implicit,
+            attributes: attributes.into_iter().map(Attribute::from_proto).collect(),
+        })
     }
-    for t in proto.initializer {
-        let value = graph.intern(named(&t.name, "a weight")?);
-        let weight = weights.initializer(t)?;
-        if graph.initializers.insert(value, Arc::new(weight)).is_some() {
-            return Err(OnnxError::invalid(
-                format!("weight \"{}\"", graph.name(value)),
-                "is there twice",
-            ));
+
+    /// Checks a node and all that is in it, and brings the data of its tensors into their messages.
+    fn checked(&mut self, node: &mut NodeProto, level: u32) -> Result<(), OnnxError> {
+        let place = format!("node \"{}\"", label(node));
+        let invalid = |why: String| OnnxError::invalid(&place, why);
+        self.nodes += 1;
+        if self.nodes > self.limits.nodes {
+            return Err(OnnxError::Limit {
+                what: "the number of nodes",
+                limit: self.limits.nodes,
+            });
         }
-    }
-    for s in proto.sparse_initializer {
-        let values = s.values.as_ref();
-        let name = named(values.map_or("", |v| &v.name), "a sparse weight")?.to_owned();
-        for t in s.values.iter().chain(&s.indices) {
-            weights.confine(t)?;
+        check::operator(node, self.opsets).map_err(invalid)?;
+        check::attributes(&node.attribute).map_err(invalid)?;
+        for a in &mut node.attribute {
+            for t in a.t.iter_mut().chain(&mut a.tensors) {
+                self.files.bring(t).map_err(|e| within(&place, e))?;
+            }
+            for s in a.sparse_tensor.iter_mut().chain(&mut a.sparse_tensors) {
+                self.sparse(s).map_err(|e| within(&place, e))?;
+            }
+            for g in a.g.iter_mut().chain(&mut a.graphs) {
+                self.subgraph(g, level + 1)?;
+                check::subgraph(g).map_err(invalid)?;
+            }
         }
-        graph.intern(&name);
-        graph.sparse.push(Arc::new(s));
+        Ok(())
     }
-    for n in proto.node {
-        let node = read_node(&mut graph, n, weights)?;
-        graph.nodes.push(Some(Arc::new(node)));
-    }
-    for output in &proto.output {
-        let value = graph.intern(named(&output.name, "an output")?);
-        if graph.is_output(value) {
-            return Err(OnnxError::invalid(
-                format!("output \"{}\"", output.name),
-                "is there twice",
-            ));
+
+    fn subgraph(&mut self, graph: &mut GraphProto, level: u32) -> Result<(), OnnxError> {
+        if level > self.limits.levels() {
+            return Err(OnnxError::Limit {
+                what: "the nesting of subgraphs",
+                limit: u64::from(self.limits.levels()),
+            });
         }
-        graph.outputs.push(Port {
-            value,
-            fact: tensor_fact(output)?,
-        });
-    }
-    for info in &proto.value_info {
-        if let (Some(value), Some(fact)) = (graph.value(&info.name), tensor_fact(info)?) {
-            graph.declared.insert(value, fact);
+        for t in &mut graph.initializer {
+            self.files.bring(t)?;
+            self.inner.insert(t.name.as_str().into());
         }
-    }
-    for port in graph
-        .inputs
-        .clone()
-        .into_iter()
-        .chain(graph.outputs.clone())
-    {
-        if let Some(fact) = port.fact {
-            graph.declared.insert(port.value, fact);
+        for s in &mut graph.sparse_initializer {
+            self.sparse(s)?;
+            let name = s.values.as_ref().map_or("", |v| &v.name);
+            self.inner.insert(name.into());
         }
+        for input in &graph.input {
+            self.inner.insert(input.name.as_str().into());
+        }
+        for node in &mut graph.node {
+            self.checked(node, level)?;
+            let made = node.output.iter().map(|o| o.as_str().into());
+            self.inner.extend(made);
+        }
+        Ok(())
     }
-    graph.finish()
+
+    fn sparse(&mut self, s: &mut SparseTensorProto) -> Result<(), OnnxError> {
+        for t in s.values.iter_mut().chain(&mut s.indices) {
+            self.files.bring(t)?;
+        }
+        Ok(())
+    }
 }
 
 fn named<'a>(name: &'a str, what: &str) -> Result<&'a str, OnnxError> {
@@ -218,261 +276,66 @@ fn named<'a>(name: &'a str, what: &str) -> Result<&'a str, OnnxError> {
     Ok(name)
 }
 
-fn read_node(
-    graph: &mut Graph,
-    proto: NodeProto,
-    weights: &mut WeightFiles<'_>,
-) -> Result<Node, OnnxError> {
-    if proto.op_type.is_empty() {
-        return Err(OnnxError::invalid(
-            format!("node \"{}\"", proto.name),
-            "names no operator",
-        ));
+/// An error about a tensor says in which node it stands.
+fn within(place: &str, e: OnnxError) -> OnnxError {
+    match e {
+        OnnxError::Invalid { place: inner, why } => {
+            OnnxError::invalid(place, format!("{inner}: {why}"))
+        }
+        e @ (OnnxError::Io { .. }
+        | OnnxError::Confined { .. }
+        | OnnxError::Malformed(_)
+        | OnnxError::Limit { .. }
+        | OnnxError::Patch(_)) => e,
     }
-    weights.confine_attributes(&proto)?;
-    let mut list = |names: &[String]| -> Vec<Option<super::ValueId>> {
-        names
-            .iter()
-            .map(|n| (!n.is_empty()).then(|| graph.intern(n)))
-            .collect()
-    };
-    let (inputs, outputs) = (list(&proto.input), list(&proto.output));
-    let implicit = node::outer_names(&proto)
-        .into_iter()
-        .map(|n| graph.intern(n))
-        .collect();
-    let mut seen = std::collections::HashSet::new();
-    if let Some(twice) = proto.attribute.iter().find(|a| !seen.insert(&a.name)) {
-        return Err(OnnxError::invalid(
-            format!("node \"{}\"", proto.name),
-            format!("attribute \"{}\" is there twice", twice.name),
-        ));
-    }
-    Ok(Node {
-        op: proto.op_type,
-        domain: standard(&proto.domain).to_owned(),
-        name: proto.name,
-        inputs,
-        outputs,
-        implicit,
-        attributes: proto.attribute,
-    })
 }
 
-fn tensor_fact(info: &ValueInfoProto) -> Result<Option<TypeFact>, OnnxError> {
-    let Some(TypeProto {
-        value: Some(type_proto::Value::TensorType(t)),
-        ..
-    }) = &info.r#type
-    else {
-        return Ok(None);
-    };
-    let dims = t.shape.as_ref().map(|shape| {
-        shape
-            .dim
-            .iter()
-            .map(|d| match &d.value {
-                Some(dimension::Value::DimValue(n)) => Dim::Fixed(*n),
-                Some(dimension::Value::DimParam(s)) if !s.is_empty() => Dim::Named(s.clone()),
-                Some(dimension::Value::DimParam(_)) | None => Dim::Unknown,
-            })
-            .collect::<Vec<_>>()
-    });
-    if let Some(dims) = &dims {
-        let bad = dims.len() > 64
-            || dims
-                .iter()
-                .any(|d| matches!(d, Dim::Fixed(n) if *n < 0 || *n > 1 << 40));
-        if bad {
-            return Err(OnnxError::invalid(
-                format!("value \"{}\"", info.name),
-                "declares an impossible shape",
-            ));
-        }
+impl Graph {
+    /// Keeps what the file says about a value's type.
+    fn declare(
+        &mut self,
+        value: ValueId,
+        info: &ValueInfoProto,
+    ) -> Result<Option<TypeFact>, OnnxError> {
+        let Some(declared) = &info.r#type else {
+            return Ok(None);
+        };
+        let Some(type_proto::Value::TensorType(t)) = &declared.value else {
+            self.other_types.insert(value, Arc::new(declared.clone()));
+            return Ok(None);
+        };
+        let fact = tensor_fact(t).ok_or_else(|| {
+            let place = format!("value \"{}\"", info.name);
+            OnnxError::invalid(place, "declares an impossible shape")
+        })?;
+        self.declared.insert(value, fact.clone());
+        Ok(Some(fact))
     }
-    Ok(Some(TypeFact {
+}
+
+fn tensor_fact(t: &type_proto::Tensor) -> Option<TypeFact> {
+    let dim = |value: &Option<dimension::Value>| match value {
+        // Some exporters write "unknown" so.
+        Some(dimension::Value::DimValue(-1)) => Some(Dim::Unknown),
+        Some(dimension::Value::DimValue(n)) if *n < 0 || *n > EXTENT => None,
+        Some(dimension::Value::DimValue(n)) => Some(Dim::Fixed(*n)),
+        Some(dimension::Value::DimParam(s)) if !s.is_empty() => Some(Dim::Named(s.clone())),
+        Some(dimension::Value::DimParam(_)) | None => Some(Dim::Unknown),
+    };
+    let dims = match &t.shape {
+        None => None,
+        Some(shape) if shape.dim.len() > RANK => return None,
+        Some(shape) => Some(
+            shape
+                .dim
+                .iter()
+                .map(|d| dim(&d.value))
+                .collect::<Option<Vec<_>>>()?,
+        ),
+    };
+    Some(TypeFact {
         element: t.elem_type,
         dtype: dtype_of(t.elem_type),
         dims,
-    }))
-}
-
-/// The files that weights come from: each opened once, and hashed through the descriptor that is used.
-struct WeightFiles<'a> {
-    model: Bytes,
-    place: Option<(&'a Folder, &'a str)>,
-    limits: &'a Limits,
-    files: HashMap<Arc<str>, Bytes>,
-    total: u64,
-}
-
-impl WeightFiles<'_> {
-    fn initializer(&mut self, t: TensorProto) -> Result<Initializer, OnnxError> {
-        let place = || format!("weight \"{}\"", t.name);
-        let dims = constant::dims(&t.dims)
-            .filter(|d| d.len() <= 64)
-            .ok_or_else(|| OnnxError::invalid(place(), "declares an impossible shape"))?;
-        let external = self.external(&t)?;
-        let Some(dtype) = dtype_of(t.data_type) else {
-            // Strings, complex numbers and packed kinds: passed on, never read here.
-            if external.is_some() {
-                return Err(OnnxError::invalid(
-                    place(),
-                    format!("element type {} cannot stand in a file", t.data_type),
-                ));
-            }
-            return Ok(Initializer {
-                element: t.data_type,
-                dims,
-                data: Data::Opaque(Arc::new(t)),
-            });
-        };
-        let needed = byte_len(dtype, &dims);
-        self.total = self
-            .total
-            .saturating_add(u64::try_from(needed).unwrap_or(u64::MAX));
-        if self.total > self.limits.weight_bytes {
-            return Err(OnnxError::Limit {
-                what: "the bytes of all weights",
-                limit: self.limits.weight_bytes,
-            });
-        }
-        let (bytes, origin) = match external {
-            Some((bytes, origin)) => (bytes, Some(origin)),
-            None if !t.raw_data.is_empty() => (t.raw_data.clone(), self.inside_model(&t.raw_data)),
-            None => {
-                let listed = constant::tensor(&t).ok_or_else(|| {
-                    OnnxError::invalid(place(), format!("its data do not fit {dtype}{dims:?}"))
-                })?;
-                (listed.into_bytes(), None)
-            }
-        };
-        if bytes.len() as u128 != needed {
-            return Err(OnnxError::invalid(
-                place(),
-                format!(
-                    "{dtype}{dims:?} needs {needed} bytes, {} are there",
-                    bytes.len()
-                ),
-            ));
-        }
-        Ok(Initializer {
-            element: t.data_type,
-            dims,
-            data: Data::Dense { bytes, origin },
-        })
-    }
-
-    /// Where a slice of the model file stands in it.
-    fn inside_model(&self, slice: &Bytes) -> Option<Origin> {
-        let (_, file) = self.place?;
-        let offset = (slice.as_ptr() as usize).checked_sub(self.model.as_ptr() as usize)?;
-        (offset + slice.len() <= self.model.len()).then(|| Origin {
-            file: file.into(),
-            offset: offset as u64,
-        })
-    }
-
-    /// The bytes of a tensor whose data stand in another file.
-    fn external(&mut self, t: &TensorProto) -> Result<Option<(Bytes, Origin)>, OnnxError> {
-        if t.data_location == 0 && t.external_data.is_empty() {
-            return Ok(None);
-        }
-        let place = || format!("tensor \"{}\"", t.name);
-        let Some((folder, _)) = self.place else {
-            return Err(OnnxError::invalid(
-                place(),
-                "its data stand in another file, and this model has no folder",
-            ));
-        };
-        let entry = |key: &str| {
-            t.external_data
-                .iter()
-                .find(|e| e.key == key)
-                .map(|e| e.value.as_str())
-        };
-        let number = |key: &str| -> Result<Option<u64>, OnnxError> {
-            entry(key)
-                .map(|v| {
-                    v.parse().map_err(|_| {
-                        OnnxError::invalid(place(), format!("{key} is not a number of bytes"))
-                    })
-                })
-                .transpose()
-        };
-        let location = entry("location")
-            .ok_or_else(|| OnnxError::invalid(place(), "names no file for its data"))?;
-        let (offset, length) = (number("offset")?.unwrap_or(0), number("length")?);
-        let bytes = match self.files.get(location) {
-            Some(bytes) => bytes.clone(),
-            None => {
-                let bytes = folder.map(location, self.limits.file_bytes)?;
-                self.files.insert(location.into(), bytes.clone());
-                bytes
-            }
-        };
-        let needed = match length {
-            Some(n) => n,
-            None => dtype_of(t.data_type)
-                .zip(constant::dims(&t.dims))
-                .and_then(|(d, dims)| u64::try_from(byte_len(d, &dims)).ok())
-                .ok_or_else(|| OnnxError::invalid(place(), "says no length"))?,
-        };
-        let end = offset
-            .checked_add(needed)
-            .filter(|e| *e <= bytes.len() as u64);
-        let Some(end) = end else {
-            return Err(OnnxError::invalid(
-                place(),
-                format!("its data would end after \"{location}\" does"),
-            ));
-        };
-        // Both fit usize: they are at most the length of a mapped file.
-        let slice = bytes.slice(offset as usize..end as usize);
-        Ok(Some((
-            slice,
-            Origin {
-                file: location.into(),
-                offset,
-            },
-        )))
-    }
-
-    /// Tensors in attributes and subgraphs must stand inside the folder too, though only the runtime reads them.
-    fn confine(&mut self, t: &TensorProto) -> Result<(), OnnxError> {
-        self.external(t).map(|_| ())
-    }
-
-    fn confine_attributes(&mut self, node: &NodeProto) -> Result<(), OnnxError> {
-        for a in &node.attribute {
-            for t in constant::attribute_tensors(a) {
-                self.confine(t)?;
-            }
-        }
-        for graph in node::subgraphs(&node.attribute) {
-            let sparse = graph
-                .sparse_initializer
-                .iter()
-                .flat_map(|s| s.values.iter().chain(&s.indices));
-            for t in graph.initializer.iter().chain(sparse) {
-                self.confine(t)?;
-            }
-            for inner in &graph.node {
-                self.confine_attributes(inner)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn fingerprint(&self) -> [u8; 32] {
-        let mut hasher = Sha256::new();
-        hasher.update(&self.model);
-        let mut files: Vec<_> = self.files.iter().collect();
-        files.sort_by_key(|(name, _)| *name);
-        for (name, bytes) in files {
-            hasher.update(name.as_bytes());
-            hasher.update(bytes);
-        }
-        hasher.finalize().into()
-    }
+    })
 }

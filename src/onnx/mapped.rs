@@ -8,13 +8,19 @@ use std::{fs::File, io};
 
 use bytes::Bytes;
 
-/// Maps the whole file.
-pub(crate) fn map(file: &File) -> io::Result<Bytes> {
-    if file.metadata()?.len() == 0 {
+/// Maps the first `length` bytes of a file.
+pub(super) fn map(file: &File, length: u64) -> io::Result<Bytes> {
+    if length == 0 {
         return Ok(Bytes::new());
     }
+    let length = usize::try_from(length).map_err(io::Error::other)?;
     // SAFETY: the mapping is private and read-only, so nothing in this process writes to it. Another process may
-    // change the file under it: the bytes are then different data, never a wrong type, because all that is read from them is plain old data.
-    let map = unsafe { memmap2::MmapOptions::new().map_copy_read_only(file)? };
+    // change the file under it: the bytes are then different data, never a wrong type, because all that is read from
+    // them is plain old data.
+    let map = unsafe {
+        memmap2::MmapOptions::new()
+            .len(length)
+            .map_copy_read_only(file)?
+    };
     Ok(Bytes::from_owner(map))
 }

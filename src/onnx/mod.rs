@@ -11,10 +11,13 @@
 //! Left out on purpose: shape inference (shapes are measured, see [`crate::anatomy`]), constant folding, edits
 //! inside the subgraphs of control-flow operators.
 
+mod attribute;
+mod check;
 mod constant;
 mod dump;
 mod encode;
 mod error;
+mod external;
 mod folder;
 mod functions;
 mod graph;
@@ -24,15 +27,18 @@ mod mapped;
 mod node;
 mod patch;
 mod proto;
+mod scan;
+mod types;
 
 #[cfg(test)]
 mod build;
 
+pub use attribute::Attribute;
 pub use encode::Weights;
 pub use error::OnnxError;
 pub use folder::Folder;
 pub use graph::{Dim, Graph, Initializer, NodeId, Origin, Port, TypeFact, ValueId};
 pub use limits::Limits;
 pub use load::Model;
-pub use node::{Attribute, Node};
+pub use node::Node;
 pub use patch::{NodeSpec, Patch};

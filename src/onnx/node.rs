@@ -1,10 +1,9 @@
-//! Nodes and their attributes.
+//! Nodes, and what their subgraphs read.
 
 use std::collections::BTreeSet;
 
-use bytes::Bytes;
-
 use super::{
+    attribute::{Attribute, Payload},
     graph::ValueId,
     proto::{self, AttributeProto},
 };
@@ -25,7 +24,7 @@ pub struct Node {
     pub outputs: Vec<Option<ValueId>>,
     /// Values of the enclosing graph that the node's subgraphs read.
     pub implicit: Vec<ValueId>,
-    pub(super) attributes: Vec<AttributeProto>,
+    pub(super) attributes: Vec<Attribute>,
 }
 
 impl Node {
@@ -56,57 +55,78 @@ impl Node {
 
     /// Whether an attribute of this name is there.
     pub fn has(&self, name: &str) -> bool {
-        self.attribute(name).is_some()
+        self.payload(name).is_some()
     }
 
-    fn attribute(&self, name: &str) -> Option<&AttributeProto> {
-        self.attributes.iter().find(|a| a.name == name)
-    }
-
-    fn of_kind(&self, name: &str, kind: i32) -> Option<&AttributeProto> {
-        self.attribute(name).filter(|a| a.r#type == kind)
+    fn payload(&self, name: &str) -> Option<&Payload> {
+        let found = self.attributes.iter().find(|a| &*a.name == name)?;
+        Some(&found.payload)
     }
 
     /// An integer attribute.
     pub fn int(&self, name: &str) -> Option<i64> {
-        self.of_kind(name, kind::INT).map(|a| a.i)
+        let Payload::Int(v) = self.payload(name)? else {
+            return None;
+        };
+        Some(*v)
     }
 
     /// A float attribute.
     pub fn float(&self, name: &str) -> Option<f32> {
-        self.of_kind(name, kind::FLOAT).map(|a| a.f)
+        let Payload::Float(v) = self.payload(name)? else {
+            return None;
+        };
+        Some(*v)
     }
 
     /// A list of integers.
     pub fn ints(&self, name: &str) -> Option<&[i64]> {
-        self.of_kind(name, kind::INTS).map(|a| &a.ints[..])
+        let Payload::Ints(v) = self.payload(name)? else {
+            return None;
+        };
+        Some(v)
     }
 
     /// A list of floats.
     pub fn floats(&self, name: &str) -> Option<&[f32]> {
-        self.of_kind(name, kind::FLOATS).map(|a| &a.floats[..])
+        let Payload::Floats(v) = self.payload(name)? else {
+            return None;
+        };
+        Some(v)
     }
 
     /// A string attribute that is valid UTF-8.
     pub fn string(&self, name: &str) -> Option<&str> {
-        let a = self.of_kind(name, kind::STRING)?;
-        std::str::from_utf8(&a.s).ok()
+        let Payload::String(v) = self.payload(name)? else {
+            return None;
+        };
+        std::str::from_utf8(v).ok()
     }
 
     /// A dense tensor attribute of a dtype that we know.
     pub fn tensor(&self, name: &str) -> Option<Tensor> {
-        let a = self.of_kind(name, kind::TENSOR)?;
-        super::constant::tensor(a.t.as_ref()?)
+        let Payload::Tensor(v) = self.payload(name)? else {
+            return None;
+        };
+        Some(v.clone())
+    }
+
+    /// Attributes in the order of the file.
+    pub fn attributes(&self) -> &[Attribute] {
+        &self.attributes
     }
 
     /// Whether any attribute is a graph.
     pub fn has_subgraph(&self) -> bool {
-        self.attributes
-            .iter()
-            .any(|a| a.g.is_some() || !a.graphs.is_empty())
+        self.graphs().next().is_some()
     }
 
-    /// A label for people: the name, or the operator and the first output's place when there is none.
+    /// Its subgraphs.
+    pub(super) fn graphs(&self) -> impl Iterator<Item = &proto::GraphProto> {
+        self.attributes.iter().flat_map(Attribute::graphs)
+    }
+
+    /// A label for people: name and operator, or the operator alone when there is no name.
     pub fn label(&self) -> String {
         if self.name.is_empty() {
             self.op.clone()
@@ -156,64 +176,4 @@ fn graph_outer_names<'a>(graph: &'a proto::GraphProto, outer: &mut BTreeSet<&'a 
 /// The graphs among attributes.
 pub(super) fn subgraphs(attributes: &[AttributeProto]) -> impl Iterator<Item = &proto::GraphProto> {
     attributes.iter().flat_map(|a| a.g.iter().chain(&a.graphs))
-}
-
-/// Numbers of the attribute kinds.
-pub(super) mod kind {
-    pub(in crate::onnx) const FLOAT: i32 = 1;
-    pub(in crate::onnx) const INT: i32 = 2;
-    pub(in crate::onnx) const STRING: i32 = 3;
-    pub(in crate::onnx) const TENSOR: i32 = 4;
-    pub(in crate::onnx) const FLOATS: i32 = 6;
-    pub(in crate::onnx) const INTS: i32 = 7;
-}
-
-/// An attribute for a new node.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Attribute(pub(super) AttributeProto);
-
-impl Attribute {
-    fn new(name: &str, kind: i32, fill: impl FnOnce(&mut AttributeProto)) -> Self {
-        let mut a = AttributeProto {
-            name: name.to_owned(),
-            r#type: kind,
-            ..AttributeProto::default()
-        };
-        fill(&mut a);
-        Self(a)
-    }
-
-    /// An integer.
-    pub fn int(name: &str, value: i64) -> Self {
-        Self::new(name, kind::INT, |a| a.i = value)
-    }
-
-    /// A float.
-    pub fn float(name: &str, value: f32) -> Self {
-        Self::new(name, kind::FLOAT, |a| a.f = value)
-    }
-
-    /// A list of integers.
-    pub fn ints(name: &str, values: &[i64]) -> Self {
-        Self::new(name, kind::INTS, |a| a.ints = values.to_vec())
-    }
-
-    /// A list of floats.
-    pub fn floats(name: &str, values: &[f32]) -> Self {
-        Self::new(name, kind::FLOATS, |a| a.floats = values.to_vec())
-    }
-
-    /// A string.
-    pub fn string(name: &str, value: &str) -> Self {
-        Self::new(name, kind::STRING, |a| {
-            a.s = Bytes::copy_from_slice(value.as_bytes());
-        })
-    }
-
-    /// A tensor.
-    pub fn tensor(name: &str, value: &Tensor) -> Self {
-        Self::new(name, kind::TENSOR, |a| {
-            a.t = Some(super::constant::message("", value));
-        })
-    }
 }

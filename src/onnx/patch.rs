@@ -7,16 +7,21 @@
 //! shunt      v ─╳    w ──▶ readers     readers of v read w instead
 //! intercept  v ──▶ f ──▶ readers       readers of v read f(v)
 //! ```
+//!
+//! Reroutes act in the order in which they were asked for. A value that a subgraph of a control-flow operator reads cannot be
+//! rerouted; that is an error.
 
 use std::{
     collections::{HashMap, HashSet},
+    ops::Range,
     sync::Arc,
 };
 
 use super::{
     OnnxError,
+    attribute::Attribute,
     graph::{Data, Dim, Graph, Initializer, NodeId, Port, TypeFact, ValueId},
-    node::{Attribute, Node},
+    node::Node,
     proto::number_of,
 };
 use crate::tensor::{DType, Tensor};
@@ -52,8 +57,7 @@ struct Shunt {
     from: ValueId,
     to: ValueId,
     /// Nodes that go on reading `from`: those the replacement is made of.
-    except: HashSet<NodeId>,
-    outputs_too: bool,
+    except: Range<u32>,
 }
 
 impl Patch {
@@ -73,11 +77,15 @@ impl Patch {
         &self.draft
     }
 
+    fn taken(&self, name: &str) -> bool {
+        self.draft.index.contains_key(name) || self.draft.inner.contains(name)
+    }
+
     fn fresh(&mut self, hint: &str) -> ValueId {
         let mut at = self.draft.names.len();
         loop {
             let name = format!("{}/{hint}_{at}", self.prefix);
-            if !self.draft.index.contains_key(name.as_str()) {
+            if !self.taken(&name) {
                 return self.draft.intern(&name);
             }
             at += 1;
@@ -101,9 +109,16 @@ impl Patch {
             inputs: spec.inputs,
             outputs,
             implicit: Vec::new(),
-            attributes: spec.attributes.into_iter().map(|a| a.0).collect(),
+            attributes: spec.attributes,
         })));
         NodeId((self.draft.nodes.len() - 1) as u32)
+    }
+
+    /// Puts a node in the place of another; it makes the same values.
+    pub fn replace(&mut self, node: NodeId, spec: NodeSpec<'_>) -> NodeId {
+        let outputs = self.draft.node(node).outputs.clone();
+        self.remove(node);
+        self.node_making(spec, outputs)
     }
 
     /// Adds a standard node with one output.
@@ -162,8 +177,8 @@ impl Patch {
         Ok(value)
     }
 
-    /// Makes a value an output under a name that must be new.
-    pub fn tap(&mut self, value: ValueId, name: &str) -> Result<(), OnnxError> {
+    /// Makes a value an output under a name that must be new; answers with the output.
+    pub fn tap(&mut self, value: ValueId, name: &str) -> Result<ValueId, OnnxError> {
         let output = self.new_name(name)?;
         self.node_making(
             NodeSpec {
@@ -173,23 +188,25 @@ impl Patch {
             },
             vec![Some(output)],
         );
+        let fact = self.draft.declared.get(&value).cloned();
         self.draft.outputs.push(Port {
             value: output,
-            fact: None,
+            fact,
         });
-        Ok(())
+        Ok(output)
     }
 
     /// Makes a value an output under its own name, if it is none yet.
     pub fn output(&mut self, value: ValueId) {
         if !self.draft.is_output(value) {
-            self.draft.outputs.push(Port { value, fact: None });
+            let fact = self.draft.declared.get(&value).cloned();
+            self.draft.outputs.push(Port { value, fact });
         }
     }
 
     fn new_name(&mut self, name: &str) -> Result<ValueId, OnnxError> {
-        if name.is_empty() || self.draft.index.contains_key(name) {
-            return Err(OnnxError::Patch(format!(
+        if name.is_empty() || self.taken(name) {
+            return Err(OnnxError::patch(format!(
                 "the name \"{name}\" is in use already"
             )));
         }
@@ -198,26 +215,19 @@ impl Patch {
 
     /// Every reader of `from`, and an output under it, reads `to` instead. An output keeps its name.
     pub fn shunt(&mut self, from: ValueId, to: ValueId) {
-        self.shunts.push(Shunt {
-            from,
-            to,
-            except: HashSet::new(),
-            outputs_too: true,
-        });
+        let except = 0..0;
+        self.shunts.push(Shunt { from, to, except });
     }
 
     /// Puts `f` between a value and its readers. What `f` adds goes on reading the value itself.
     pub fn intercept(&mut self, value: ValueId, f: impl FnOnce(&mut Patch, ValueId) -> ValueId) {
-        let before = self.draft.nodes.len();
+        let before = self.draft.nodes.len() as u32;
         let to = f(self, value);
-        let except = (before..self.draft.nodes.len())
-            .map(|n| NodeId(n as u32))
-            .collect();
+        let except = before..self.draft.nodes.len() as u32;
         self.shunts.push(Shunt {
             from: value,
             to,
             except,
-            outputs_too: true,
         });
     }
 
@@ -233,16 +243,24 @@ impl Patch {
 
     /// Makes the new graph.
     pub fn apply(mut self) -> Result<Graph, OnnxError> {
+        self.known()?;
         for node in &self.removed {
             self.draft.nodes[node.0 as usize] = None;
         }
-        for shunt in std::mem::take(&mut self.shunts) {
-            self.reroute(&shunt)?;
+        let shunts = std::mem::take(&mut self.shunts);
+        let mut readers = if shunts.is_empty() {
+            HashMap::new()
+        } else {
+            self.readers()
+        };
+        for shunt in shunts.iter().filter(|s| s.from != s.to) {
+            self.reroute(shunt, &mut readers)?;
         }
         if let Some(keep) = &self.keep_outputs {
+            let keep: HashSet<ValueId> = keep.iter().copied().collect();
             self.draft.outputs.retain(|p| keep.contains(&p.value));
             if self.draft.outputs.is_empty() {
-                return Err(OnnxError::Patch("no output would be left".to_owned()));
+                return Err(OnnxError::patch("no output would be left"));
             }
         }
         let prune = self.keep_outputs.is_some() || !self.removed.is_empty();
@@ -250,56 +268,95 @@ impl Patch {
         if prune { pruned(graph) } else { Ok(graph) }
     }
 
-    fn reroute(&mut self, shunt: &Shunt) -> Result<(), OnnxError> {
-        let Shunt {
-            from,
-            to,
-            except,
-            outputs_too,
-        } = shunt;
-        for (at, slot) in self.draft.nodes.iter_mut().enumerate() {
-            let Some(node) = slot else { continue };
-            if except.contains(&NodeId(at as u32)) {
-                continue;
+    /// Every id that the patch uses is one of its graph, and every output to keep is one.
+    fn known(&self) -> Result<(), OnnxError> {
+        let values = self.draft.names.len();
+        let of_nodes = self.draft.nodes.iter().flatten().flat_map(|n| {
+            let made = n.outputs.iter().flatten().copied();
+            n.reads().chain(made)
+        });
+        let of_outputs = self.draft.outputs.iter().map(|p| p.value);
+        let of_shunts = self.shunts.iter().flat_map(|s| [s.from, s.to]);
+        let strange = |v: ValueId| v.index() >= values;
+        if of_nodes.chain(of_outputs).chain(of_shunts).any(strange) {
+            return Err(OnnxError::patch("it uses a value of another graph"));
+        }
+        let there = |n: &NodeId| matches!(self.draft.nodes.get(n.0 as usize), Some(Some(_)));
+        if !self.removed.iter().all(there) {
+            return Err(OnnxError::patch("it removes a node that is not there"));
+        }
+        for value in self.keep_outputs.iter().flatten() {
+            // A shunt gives an output's name to another value; before that it is still the one that was asked for.
+            if strange(*value) || !self.draft.is_output(*value) {
+                let name = self.draft.names.get(value.index());
+                let name = name.map_or("?", |n| n);
+                return Err(OnnxError::patch(format!("\"{name}\" is no output to keep")));
             }
+        }
+        Ok(())
+    }
+
+    /// The nodes that read each value.
+    fn readers(&self) -> HashMap<ValueId, Vec<u32>> {
+        let mut readers: HashMap<ValueId, Vec<u32>> = HashMap::new();
+        for (at, node) in self.draft.nodes.iter().enumerate() {
+            for value in node.iter().flat_map(|n| n.reads()) {
+                readers.entry(value).or_default().push(at as u32);
+            }
+        }
+        readers
+    }
+
+    fn reroute(
+        &mut self,
+        shunt: &Shunt,
+        readers: &mut HashMap<ValueId, Vec<u32>>,
+    ) -> Result<(), OnnxError> {
+        let Shunt { from, to, except } = shunt;
+        let all = readers.remove(from).unwrap_or_default();
+        let (stay, moved): (Vec<u32>, Vec<u32>) = all.iter().partition(|n| except.contains(n));
+        for at in &moved {
+            let Some(node) = &mut self.draft.nodes[*at as usize] else {
+                continue;
+            };
             if node.implicit.contains(from) {
-                return Err(OnnxError::Patch(format!(
+                return Err(OnnxError::patch(format!(
                     "\"{}\" is read inside a subgraph of node \"{}\"",
-                    self.draft.names[from.0 as usize],
+                    self.draft.names[from.index()],
                     node.label()
                 )));
             }
-            if node.inputs.contains(&Some(*from)) {
-                let mut changed = node.as_ref().clone();
-                for input in &mut changed.inputs {
-                    if *input == Some(*from) {
-                        *input = Some(*to);
-                    }
+            for input in &mut Arc::make_mut(node).inputs {
+                if *input == Some(*from) {
+                    *input = Some(*to);
                 }
-                *slot = Some(Arc::new(changed));
             }
         }
-        if *outputs_too && self.draft.is_output(*from) {
-            self.rename_output(*from, *to)?;
+        readers.insert(*from, stay);
+        readers.entry(*to).or_default().extend(moved);
+        if self.draft.is_output(*from) {
+            let identity = self.rename_output(*from, *to)?;
+            readers.entry(*to).or_default().push(identity.0);
         }
         Ok(())
     }
 
     /// An output keeps its name: the value that had it takes another, and an `Identity` brings the new value under the old name.
-    fn rename_output(&mut self, from: ValueId, to: ValueId) -> Result<(), OnnxError> {
-        let name = self.draft.names[from.0 as usize].clone();
-        if self.draft.inputs.iter().any(|p| p.value == from)
+    fn rename_output(&mut self, from: ValueId, to: ValueId) -> Result<NodeId, OnnxError> {
+        let name = self.draft.names[from.index()].clone();
+        let given = self.draft.inputs.iter().any(|p| p.value == from)
             || self.draft.initializers.contains_key(&from)
-        {
-            return Err(OnnxError::Patch(format!(
+            || self.draft.sparse.contains_key(&from);
+        if given {
+            return Err(OnnxError::patch(format!(
                 "\"{name}\" is an input or a weight and an output at once"
             )));
         }
         let inner = self.fresh("inner");
-        let inner_name = self.draft.names[inner.0 as usize].clone();
+        let inner_name = self.draft.names[inner.index()].clone();
         // The two ids change names; every reader and producer holds ids.
-        self.draft.names[from.0 as usize] = inner_name.clone();
-        self.draft.names[inner.0 as usize] = name.clone();
+        self.draft.names[from.index()] = inner_name.clone();
+        self.draft.names[inner.index()] = name.clone();
         self.draft.index.insert(inner_name, from);
         self.draft.index.insert(name, inner);
         for port in &mut self.draft.outputs {
@@ -307,35 +364,43 @@ impl Patch {
                 port.value = inner;
             }
         }
-        self.node_making(
-            NodeSpec {
-                op: "Identity",
-                inputs: vec![Some(to)],
-                ..NodeSpec::default()
-            },
-            vec![Some(inner)],
-        );
-        Ok(())
+        for kept in self.keep_outputs.iter_mut().flatten() {
+            if *kept == from {
+                *kept = inner;
+            }
+        }
+        let spec = NodeSpec {
+            op: "Identity",
+            inputs: vec![Some(to)],
+            ..NodeSpec::default()
+        };
+        Ok(self.node_making(spec, vec![Some(inner)]))
     }
 }
 
-/// The graph without nodes and weights that no output needs. Inputs stay: they are the contract with the caller.
-fn pruned(graph: Graph) -> Result<Graph, OnnxError> {
+/// The graph without nodes and weights that no output needs. Inputs stay, for they are the contract with the caller; those that
+/// only give a weight that goes are no part of it.
+fn pruned(mut graph: Graph) -> Result<Graph, OnnxError> {
     let mut needed: HashSet<ValueId> = graph.outputs.iter().map(|p| p.value).collect();
-    let mut kept: HashMap<NodeId, ()> = HashMap::new();
+    let mut kept = vec![false; graph.nodes.len()];
     for (id, node) in graph.nodes().rev() {
         if node.outputs.iter().flatten().any(|v| needed.contains(v)) {
             needed.extend(node.reads());
-            kept.insert(id, ());
+            kept[id.0 as usize] = true;
         }
     }
-    let mut graph = graph;
-    for (at, node) in graph.nodes.iter_mut().enumerate() {
-        if !kept.contains_key(&NodeId(at as u32)) {
+    for (node, kept) in graph.nodes.iter_mut().zip(kept) {
+        if !kept {
             *node = None;
         }
     }
+    let (initializers, sparse) = (&graph.initializers, &graph.sparse);
+    graph.inputs.retain(|p| {
+        let optional = initializers.contains_key(&p.value) || sparse.contains_key(&p.value);
+        !optional || needed.contains(&p.value)
+    });
     graph.initializers.retain(|v, _| needed.contains(v));
+    graph.sparse.retain(|v, _| needed.contains(v));
     graph.finish()
 }
 

@@ -29,3 +29,24 @@ pub fn number_of(dtype: DType) -> i32 {
 pub fn dtype_of(number: i32) -> Option<DType> {
     DType::ALL.into_iter().find(|d| number_of(*d) == number)
 }
+
+/// Bits of one element of an ONNX number; `None` for strings and numbers that we do not know. Kinds below a byte are packed.
+pub fn element_bits(number: i32) -> Option<u128> {
+    Some(match number {
+        1 | 6 | 12 => 32,
+        2 | 3 | 9 => 8,
+        4 | 5 | 10 | 16 => 16,
+        7 | 11 | 13 | 14 => 64,
+        15 => 128,
+        // The 8-bit floats and the 8-bit exponent.
+        17..=20 | 24 => 8,
+        // uint4, int4, float4.
+        21..=23 => 4,
+        // uint2, int2.
+        25 | 26 => 2,
+        _ => return None,
+    })
+}
+
+/// Number of strings.
+pub const STRINGS: i32 = 8;
