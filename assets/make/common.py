@@ -9,7 +9,7 @@ import torch
 LABELS = ["negative", "positive"]
 NAMES = {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
 MAX_TOKENS = 64
-THREADS = int(os.environ.get("THREADS", "2"))
+THREADS = int(os.environ.get("THREADS", "1"))
 CACHE = pathlib.Path("target/assets")
 PROBES = [
     "This movie was fantastic!",
@@ -61,7 +61,7 @@ def predict(model, encoded, size=64):
         chosen = order[start : start + size]
         ids, mask = padded([encoded[k] for k in chosen])
         hidden = model.bert(input_ids=ids, attention_mask=mask)
-        logits[chosen], first[chosen] = model.classifier(hidden.pooler_output), hidden.last_hidden_state[:, 0]
+        logits[chosen], first[chosen] = model.classifier(hidden.pooler_output).float(), hidden.last_hidden_state[:, 0].float()
     return logits, first
 
 
@@ -70,13 +70,16 @@ def encode(tokenizer, texts):
 
 
 def scores(logits, rows):
-    """Accuracy in all and by source, and what always saying the more frequent label gives."""
+    """In all and by source: the number of texts, what always saying the more frequent label gives, and the accuracy."""
     truth, guess = np.array([r.label for r in rows]), logits.argmax(1).numpy()
-    out = {"texts": len(rows), "majority": max(truth.mean(), 1 - truth.mean()), "accuracy": (truth == guess).mean()}
-    for source in sorted({r.source for r in rows}):
-        of = np.array([r.source == source for r in rows])
-        out[f"accuracy_{source}"] = (truth[of] == guess[of]).mean()
-    return {name: value if name == "texts" else round(float(value), 4) for name, value in out.items()}
+    out = {}
+    for source in ["", *sorted({r.source for r in rows})]:
+        of = np.array([source in ("", r.source) for r in rows])
+        share, ending = truth[of].mean(), f"_{source}" if source else ""
+        out[f"texts{ending}"] = int(of.sum())
+        out[f"majority{ending}"] = round(float(max(share, 1 - share)), 4)
+        out[f"accuracy{ending}"] = round(float((truth[of] == guess[of]).mean()), 4)
+    return out
 
 
 def probes(model, tokenizer):

@@ -6,12 +6,17 @@ tokenizer.json  Hugging Face's, without padding and truncation, which are the ca
 
 The file is checked against PyTorch before the function returns: other batch sizes and lengths than the example's, padded rows, and the
 rows of a batch against the same rows alone.
+
+usage: python export.py CHECKPOINT_DIR OUT_DIR [torchscript|dynamo]     (a classifier that teacher.py saved, exported again)
 """
 import pathlib
+import sys
 
 import numpy as np
 import onnxruntime as ort
 import torch
+import transformers
+from tokenizers import Tokenizer
 
 OPSET = 17
 DYNAMO_OPSET = 18  # the lowest that this exporter writes without converting
@@ -45,6 +50,7 @@ def export(model, tokenizer, folder: pathlib.Path, output: str, exporter: str = 
     """`output` is "logits" or "last_hidden_state"; `exporter` is "torchscript" or "dynamo". Returns what it measured."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.onnx"
+    model.set_attn_implementation("eager")  # matrix products and a softmax, whatever served the training
     plain = Plain(model, output).eval()  # the wrapper too: the exporter puts back the mode that it finds there
     arguments = example(2, 9, 3, model.config.vocab_size)
     if exporter == "dynamo":
@@ -94,3 +100,9 @@ def check(plain, path: pathlib.Path) -> float:
     if worst > TOLERANCE:
         raise SystemExit(f'"{path.name}" differs from PyTorch by {worst:.1e}, more than {TOLERANCE:.0e}')
     return float(f"{worst:.1e}")
+
+
+if __name__ == "__main__":
+    checkpoint = pathlib.Path(sys.argv[1])
+    classifier = transformers.BertForSequenceClassification.from_pretrained(checkpoint)
+    export(classifier, Tokenizer.from_file(str(checkpoint / "tokenizer.json")), pathlib.Path(sys.argv[2]), "logits", *sys.argv[3:])

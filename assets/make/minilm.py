@@ -12,6 +12,6 @@ import common
 from export import export
 
 if __name__ == "__main__":
-    encoder = transformers.BertModel.from_pretrained(common.minilm(), attn_implementation="eager", add_pooling_layer=False)
+    encoder = transformers.BertModel.from_pretrained(common.minilm(), add_pooling_layer=False)
     tokenizer = Tokenizer.from_file(str(common.minilm() / "tokenizer.json"))
     export(encoder, tokenizer, pathlib.Path(sys.argv[1]), "last_hidden_state", *sys.argv[2:])

@@ -52,7 +52,7 @@ def main():
     encoded = {split: common.encode(tokenizer, [r.text for r in part[split]]) for split in part}
     labels = torch.tensor([r.label for r in part["train"]])
     model = transformers.BertForSequenceClassification.from_pretrained(
-        common.minilm(), num_labels=len(common.LABELS), attn_implementation="eager", **common.NAMES
+        common.minilm(), num_labels=len(common.LABELS), attn_implementation="sdpa", **common.NAMES
     )
 
     started = time.time()
