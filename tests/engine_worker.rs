@@ -56,7 +56,7 @@ fn play() {
     let socket = std::io::stdin().as_fd().try_clone_to_owned().unwrap();
     let (sender, mut receiver) = worker_side::split(UnixStream::from(socket), 1 << 26).unwrap();
     let mut patient = Vec::new();
-    while let Ok(Some((command, inputs))) = receiver.next() {
+    while let Ok(Some((command, inputs))) = receiver.receive() {
         let answer = match command {
             command::Kind::Load(load) => match load_as(&load.folder, &sender) {
                 Ok(info) => (load.id, event::Kind::Loaded(wire::Loaded { info })),

@@ -1,5 +1,7 @@
 //! Both ends of the connection over a real socket pair, with a thread as the worker.
 
+#![allow(clippy::wildcard_enum_match_arm)] // a test panics on what it does not expect
+
 use std::os::unix::net::UnixStream;
 
 use introspectd::ipc::{
@@ -13,7 +15,7 @@ fn start(budget: usize) -> Connection {
     let (front, worker) = UnixStream::pair().unwrap();
     std::thread::spawn(move || {
         let (sender, mut receiver) = worker_side::split(worker, budget).unwrap();
-        while let Ok(Some((command, views))) = receiver.next() {
+        while let Ok(Some((command, views))) = receiver.receive() {
             match command {
                 command::Kind::Run(run) => {
                     let total: usize = views.iter().map(bytes::Bytes::len).sum();

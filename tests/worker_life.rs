@@ -110,7 +110,7 @@ async fn a_cancelled_run_ends_between_two_kernels_and_the_variant_serves_on() {
         .send(command::Kind::Cancel(Cancel { run: id }), None)
         .await
         .unwrap();
-    let failed = running.await.unwrap().unwrap().err().expect("cancelled");
+    let failed = running.await.unwrap().unwrap().expect_err("cancelled");
     let took = cancelled.elapsed();
     assert_eq!(kind(&failed), Failure::Cancelled, "{}", failed.message);
     assert!(
@@ -129,7 +129,7 @@ async fn a_cancelled_run_ends_between_two_kernels_and_the_variant_serves_on() {
         worker.connection.send(cancel, None).await.unwrap();
     }
     for ended in [done, waiting] {
-        let failed = ended.await.unwrap().unwrap().err().expect("cancelled");
+        let failed = ended.await.unwrap().unwrap().expect_err("cancelled");
         assert_eq!(kind(&failed), Failure::Cancelled);
     }
 }

@@ -53,7 +53,7 @@ struct Part {
 }
 
 /// Layers, and the attentions that belong to none of them.
-pub fn layers(
+pub(super) fn layers(
     flow: &Flow<'_>,
     blocks: &[Block],
     attentions: &[AttentionTrace],
@@ -153,7 +153,7 @@ fn shares(flow: &Flow<'_>, block: &Block, z: ValueId) -> (Option<ValueId>, Optio
         return (None, None);
     };
     // One branch may itself be the sum of both.
-    for v in walk_back(flow, branch, |n| super::ops::is_layout(n)) {
+    for v in walk_back(flow, branch, super::ops::is_layout) {
         if let Some((_, node)) = flow.maker(v)
             && node.is("Add")
             && let [a, b] = flow.live_inputs(node)[..]

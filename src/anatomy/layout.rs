@@ -120,7 +120,7 @@ impl Target {
 }
 
 /// Every layout that leads from raw shapes (one per trial) to the targets in their order, plainest first.
-pub fn layouts(shapes: &[&[usize]], targets: &[Target]) -> Vec<Layout> {
+pub(super) fn layouts(shapes: &[&[usize]], targets: &[Target]) -> Vec<Layout> {
     let found = exact(shapes, targets);
     if !found.is_empty() {
         return found;

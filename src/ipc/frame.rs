@@ -35,7 +35,7 @@ impl Inbox {
     ///
     /// # Errors
     /// When the peer announces a frame over the limit, or sends what is no message: the connection is then of no use.
-    pub fn next<M: Message + Default>(&mut self) -> Result<Option<M>, String> {
+    pub fn take<M: Message + Default>(&mut self) -> Result<Option<M>, String> {
         let Some(header) = self.bytes.first_chunk::<HEADER>() else {
             return Ok(None);
         };
@@ -75,7 +75,7 @@ mod tests {
                 let end = (at + cut).min(bytes.len());
                 inbox.extend(&bytes[at..end]);
                 at = end;
-                while let Some(m) = inbox.next::<Encoding>().unwrap() {
+                while let Some(m) = inbox.take::<Encoding>().unwrap() {
                     got.push(m);
                 }
             }
@@ -86,7 +86,7 @@ mod tests {
         fn noise_is_an_error_or_waits_but_never_panics(noise in prop::collection::vec(any::<u8>(), 0..64)) {
             let mut inbox = Inbox::default();
             inbox.extend(&noise);
-            let _ = inbox.next::<Encoding>();
+            let _ = inbox.take::<Encoding>();
         }
     }
 }

@@ -336,7 +336,7 @@ impl Reader {
                 }
                 Err(e) => return Err(e),
             }
-            while let Some(event) = self.inbox.next::<Event>().map_err(io::Error::other)? {
+            while let Some(event) = self.inbox.take::<Event>().map_err(io::Error::other)? {
                 self.deliver(event)?;
             }
         }

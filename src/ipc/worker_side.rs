@@ -95,10 +95,10 @@ pub fn split(socket: UnixStream, budget: usize) -> io::Result<(Sender, Receiver)
 
 impl Receiver {
     /// The next command with views of its tensors, in the order of its references; `None` when the front has closed.
-    pub fn next(&mut self) -> io::Result<Option<(command::Kind, Vec<Bytes>)>> {
+    pub fn receive(&mut self) -> io::Result<Option<(command::Kind, Vec<Bytes>)>> {
         let mut buffer = vec![0; 64 << 10];
         loop {
-            let next = self.inbox.next::<Command>().map_err(io::Error::other)?;
+            let next = self.inbox.take::<Command>().map_err(io::Error::other)?;
             match next.and_then(|c| c.kind) {
                 Some(command::Kind::Release(r)) => self.pool.with(|p| p.released(r.segment)),
                 Some(kind) => {

@@ -91,9 +91,10 @@ impl Attribute {
 
     /// The graphs that it carries.
     pub(super) fn graphs(&self) -> impl Iterator<Item = &GraphProto> {
-        let message = match &self.payload {
-            Payload::Other(a) => Some(a),
-            _ => None,
+        let message = if let Payload::Other(a) = &self.payload {
+            Some(a)
+        } else {
+            None
         };
         message
             .into_iter()
@@ -123,9 +124,10 @@ impl Attribute {
     }
 
     pub(super) fn to_proto(&self) -> AttributeProto {
-        let mut a = match &self.payload {
-            Payload::Other(a) => a.as_ref().clone(),
-            _ => AttributeProto::default(),
+        let mut a = if let Payload::Other(a) = &self.payload {
+            a.as_ref().clone()
+        } else {
+            AttributeProto::default()
         };
         a.name = self.name.to_string();
         match &self.payload {

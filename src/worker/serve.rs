@@ -2,10 +2,7 @@
 
 use std::{
     env, io,
-    os::{
-        fd::OwnedFd,
-        unix::{net::UnixStream, process::CommandExt as _},
-    },
+    os::unix::{net::UnixStream, process::CommandExt as _},
     panic::{AssertUnwindSafe, catch_unwind},
     process::{Command, ExitCode},
     sync::{
@@ -51,7 +48,7 @@ pub fn main() -> ExitCode {
         eprintln!("introspectd worker: cannot start again without telemetry: {why}");
         return ExitCode::FAILURE;
     }
-    let socket = match rustix::io::dup(io::stdin()).map(OwnedFd::from) {
+    let socket = match rustix::io::dup(io::stdin()) {
         Ok(fd) => UnixStream::from(fd),
         Err(e) => {
             eprintln!("introspectd worker: standard input is not a socket: {e}");
@@ -95,7 +92,7 @@ fn serve(sender: &Sender, mut receiver: Receiver) -> io::Result<()> {
     };
     let control = shared.thread("control", Shared::control)?;
     let text = shared.thread("text", Shared::text)?;
-    while let Some((command, tensors)) = receiver.next()? {
+    while let Some((command, tensors)) = receiver.receive()? {
         match command {
             command::Kind::Ping(p) => {
                 let pong = Pong {

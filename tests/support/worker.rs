@@ -1,4 +1,6 @@
 //! Starts the real worker binary and talks to it as the front does.
+
+#![allow(clippy::wildcard_enum_match_arm)] // a test panics on what it does not expect
 #![allow(dead_code)] // every test binary uses a part of it
 
 use std::{
@@ -53,6 +55,9 @@ pub fn command() -> Command {
     command.arg("worker").env("ORT_DISABLE_TELEMETRY", "1");
     command
 }
+
+/// What a run gave, or why it gave nothing.
+pub type RunEnd = Result<(Vec<Tensor>, Ran), Failed>;
 
 impl Worker {
     pub fn start() -> Self {
@@ -132,10 +137,7 @@ impl Worker {
         variant: u32,
         inputs: &[(String, Tensor)],
         picks: Vec<Pick>,
-    ) -> (
-        u64,
-        impl Future<Output = Result<Result<(Vec<Tensor>, Ran), Failed>, Gone>> + use<>,
-    ) {
+    ) -> (u64, impl Future<Output = Result<RunEnd, Gone>> + use<>) {
         let total: usize = inputs.iter().map(|(_, t)| aligned(t.bytes().len())).sum();
         let mut segment = self.connection.pool().with(|p| p.take(total)).unwrap();
         let (mut references, mut at) = (Vec::new(), 0);

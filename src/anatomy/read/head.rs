@@ -179,8 +179,7 @@ pub(super) fn pads(lab: &Lab<'_>, found: &Found, outputs: &[OutputFact]) -> bool
     let stream = found
         .hooks
         .iter()
-        .filter(|h| h.name.ends_with("hook_resid_post"))
-        .next_back();
+        .rfind(|h| h.name.ends_with("hook_resid_post"));
     let main = main(lab, outputs).zip(lab.trace.output);
     let checks = [
         stream.and_then(|h| stays(h.value, &h.layout, &h.axes)),
