@@ -26,7 +26,7 @@ which `assets/make/student.py` measured; the commands are in `assets/README.md`.
 
 ## Accuracy on held-out texts
 
-The test split was looked at once, after training. "Majority" is what always saying the more frequent label gives. The teacher is
+The test split took no part in training or in choosing; the epoch was chosen on validation. "Majority" is what always saying the more frequent label gives. The teacher is
 all-MiniLM-L6-v2 fine-tuned on the same training texts; it is made by script and not shipped.
 
 | test texts | number | majority | teacher | this model |

@@ -7,7 +7,7 @@ made of them (augment.py), and learns the teacher's probabilities (KL divergence
 [CLS] through a linear map that is thrown away afterwards, and the human label where there is one.
 
 Writes OUT_DIR/{model.onnx, config.json, tokenizer.json, metrics.json}. The weights of the best epoch by validation accuracy are kept; the
-test texts are looked at once, at the end.
+test texts are only measured, at the end.
 """
 import copy
 import hashlib
