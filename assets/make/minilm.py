@@ -1,13 +1,17 @@
-"""Exports all-MiniLM-L6-v2 itself, plainly: input_ids and attention_mask in, last_hidden_state out. For benches.
+"""Exports all-MiniLM-L6-v2 itself, plainly, for benches and comparisons: the encoder, with last_hidden_state as its one output.
 
-usage: python minilm.py OUT_DIR
+usage: python minilm.py OUT_DIR [torchscript|dynamo]
 """
-import pathlib, sys
-import transformers as tf
+import pathlib
+import sys
+
+import transformers
 from tokenizers import Tokenizer
 
 import common
-from teacher import minilm
+from export import export
 
-model = tf.BertModel.from_pretrained(minilm(), attn_implementation="eager", add_pooling_layer=False)
-common.export(model, Tokenizer.from_file(str(minilm() / "tokenizer.json")), pathlib.Path(sys.argv[1]), "last_hidden_state")
+if __name__ == "__main__":
+    encoder = transformers.BertModel.from_pretrained(common.minilm(), add_pooling_layer=False)
+    tokenizer = Tokenizer.from_file(str(common.minilm() / "tokenizer.json"))
+    export(encoder, tokenizer, pathlib.Path(sys.argv[1]), "last_hidden_state", *sys.argv[2:])

@@ -133,13 +133,11 @@ fn part(
     }
 }
 
-/// Whether several products with weights end the branch: experts, which count as a perceptron in the order of layers.
+/// Whether tokens are sent to experts in this branch: a perceptron in the order of layers, though not one to show.
 fn routed(flow: &Flow<'_>, block: &Block) -> bool {
-    let products = super::attention::between(flow, block.start, block.branches[0])
+    super::attention::between(flow, block.start, block.branches[0])
         .into_iter()
-        .filter(|id| super::ops::is_projection(flow, flow.graph().node(*id)))
-        .count();
-    products > 2
+        .any(|id| flow.graph().node(id).is_any(&["TopK", "NonZero", "OneHot"]))
 }
 
 /// What attention and perceptron each add to the stream in this block.

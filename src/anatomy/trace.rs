@@ -9,7 +9,7 @@ use super::{
     flow::Flow,
     inputs::{InputTrace, Lookup, calls_itself, lookups, roles},
     layers::{LayerTrace, layers},
-    ops::is_projection,
+    ops::{is_layout, is_projection},
 };
 use crate::onnx::{Graph, Model, ValueId};
 
@@ -243,17 +243,30 @@ fn between_layers(flow: &Flow<'_>, layers: &[LayerTrace], tail: &[ValueId]) -> u
             steps(flow, a.end, m.start)
         })
         .unwrap_or_default();
-    let same = pattern
+    // Axes may be turned back and forth in one place and not in another.
+    let mut wanted = pattern
         .iter()
         .skip(1)
-        .zip(tail.iter().skip(1))
-        .take_while(|(a, b)| op(a) == op(b))
-        .count();
-    if same == pattern.len().saturating_sub(1) {
-        same
-    } else {
-        0
+        .filter(|v| !turns(flow, **v))
+        .peekable();
+    let mut last = 0;
+    for (at, value) in tail.iter().enumerate().skip(1) {
+        match wanted.peek() {
+            None => break,
+            Some(_) if turns(flow, *value) => {}
+            Some(next) if op(next) == op(value) => {
+                wanted.next();
+                last = at;
+            }
+            Some(_) => return 0,
+        }
     }
+    if wanted.peek().is_none() { last } else { 0 }
+}
+
+/// Whether a value is another under other axes.
+fn turns(flow: &Flow<'_>, value: ValueId) -> bool {
+    flow.maker(value).is_some_and(|(_, n)| is_layout(n))
 }
 
 fn norm_after_attention(flow: &Flow<'_>, layer: &LayerTrace) -> bool {

@@ -23,6 +23,10 @@ pub struct EngineConfig {
     pub buffer_bytes: usize,
     /// Bytes of results that wait for the reader of one request. Full: its rows wait, others run.
     pub window_bytes: usize,
+    /// Questions about text or the graph that are with one worker at a time. Full: further ones wait for their turn.
+    pub calls: usize,
+    /// Variants that one worker is asked to build at a time. Full: as above.
+    pub builds: usize,
     /// Memory of the variants of one model beside its plain graph. Full: the longest unused leave; when all are in use, resource exhausted.
     pub variant_bytes: u64,
     /// A variant that nobody used for so long is evicted.
@@ -60,6 +64,8 @@ impl Default for EngineConfig {
             open_tokens: 2 * 1024 * 1024,
             buffer_bytes: 1024 * MIB,
             window_bytes: 32 * MIB,
+            calls: 256,
+            builds: 16,
             variant_bytes: 1024 * MIB as u64,
             variant_idle: Duration::from_secs(600),
             cpu_slots: 1,

@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 use super::{
     admission::Budget,
@@ -53,6 +53,9 @@ pub struct Generation {
     pub(super) tokens: Arc<Budget>,
     variants: Mutex<Variants<watch::Receiver<BuildResult>>>,
     closed: Mutex<Option<EngineError>>,
+    /// The worker takes so many questions at a time and no more.
+    pub(super) calls: Semaphore,
+    builds: Semaphore,
     pub(super) counts: Arc<Counts>,
 }
 
@@ -121,6 +124,8 @@ impl Generation {
             tokens: Budget::new(config.open_tokens),
             variants: Mutex::new(Variants::new(config.variant_bytes)),
             closed: Mutex::new(None),
+            calls: Semaphore::new(config.calls.max(1)),
+            builds: Semaphore::new(config.builds.max(1)),
             counts: Arc::default(),
             config,
         })
@@ -283,7 +288,10 @@ impl Generation {
             spec: Some(&spec),
         };
         self.evict(&evict);
+        // Never closed, so that there is always a turn.
+        let turn = self.builds.acquire().await;
         let result = self.backend.build(id, &spec).await;
+        drop(turn);
         observe::variant_build(self.name(), result.is_ok());
         let result = match result {
             Ok(variant) => {

@@ -5,10 +5,12 @@ use std::sync::{
     atomic::{AtomicU64, Ordering},
 };
 
+use futures::future::BoxFuture;
 use tokio::sync::oneshot;
 
 use super::{
     admission::{Permit, Refused, exposed_bytes},
+    backend::{Backend, Fault},
     error::EngineError,
     generation::{Counts, Generation, ended},
     now,
@@ -59,6 +61,16 @@ impl ModelHandle {
         self.generation.number()
     }
 
+    /// Number of the worker's process, while it lives.
+    pub fn pid(&self) -> Option<u32> {
+        self.generation.backend.pid()
+    }
+
+    /// Memory that the worker takes, as it last said.
+    pub fn resident_bytes(&self) -> u64 {
+        self.generation.backend.resident_bytes()
+    }
+
     /// How many requests are open, and how the others ended.
     pub fn counts(&self) -> &Counts {
         &self.generation.counts
@@ -99,20 +111,18 @@ impl ModelHandle {
                 self.info().name
             )));
         }
-        let call = self.generation.backend.tokenize(texts, options);
-        self.ask(call, ctx).await
+        self.ask(|backend| backend.tokenize(texts, options), ctx)
+            .await
     }
 
     /// Token ids to the strings of the vocabulary.
     pub async fn decode(&self, ids: Vec<u32>, ctx: &Ctx) -> Result<Vec<String>, EngineError> {
-        let call = self.generation.backend.decode(ids);
-        self.ask(call, ctx).await
+        self.ask(|backend| backend.decode(ids), ctx).await
     }
 
     /// The graph as text.
     pub async fn dump(&self, ctx: &Ctx) -> Result<String, EngineError> {
-        let call = self.generation.backend.dump();
-        self.ask(call, ctx).await
+        self.ask(|backend| backend.dump(), ctx).await
     }
 
     /// Puts rows into the queue. Everything about them is checked before anything runs.
@@ -239,15 +249,27 @@ impl ModelHandle {
         }
     }
 
+    /// Asks the worker something, in turn.
     async fn ask<T>(
         &self,
-        call: impl Future<Output = Result<T, super::backend::Fault>>,
+        question: impl FnOnce(&dyn Backend) -> BoxFuture<'static, Result<T, Fault>>,
         ctx: &Ctx,
     ) -> Result<T, EngineError> {
-        self.generation.check_open()?;
+        let generation = &self.generation;
+        let call = async {
+            let _turn = generation
+                .calls
+                .acquire()
+                .await
+                .map_err(EngineError::internal)?;
+            generation.check_open()?;
+            let answer = question(&*generation.backend).await;
+            answer.map_err(|fault| generation.error(fault))
+        };
         tokio::select! {
-            result = call => result.map_err(|fault| self.generation.error(fault)),
+            biased;
             error = ended(ctx) => Err(error),
+            answer = call => answer,
         }
     }
 }

@@ -32,6 +32,8 @@ use crate::{
     rewrite::{self, Exposure},
 };
 
+/// Name of a model file, as the hub has it.
+const MODEL: &str = "model.onnx";
 /// Most tokens of a text for a model that does not say.
 const UNKNOWN_MAX_TOKENS: usize = 512;
 
@@ -116,7 +118,7 @@ impl Loaded {
                 .map_err(|e| LoadError::bad(format!("the memory limit cannot be set: {e}")))?;
         }
         let folder = open_folder(path, options)?;
-        let file = model_file(path)?;
+        let (model_folder, file) = model_file(path)?;
         let config = clock
             .stage("config", || ModelConfig::read(&folder))
             .map_err(LoadError::bad)?;
@@ -125,18 +127,16 @@ impl Loaded {
             weight_bytes: options.max_model_bytes,
             ..Limits::default()
         };
-        let plain = clock.stage("read", || Model::open(&folder, &file, &limits))?;
+        let plain = clock.stage("read", || {
+            Model::open(&open_folder(&model_folder, options)?, &file, &limits)
+                .map_err(LoadError::from)
+        })?;
         let runtime = clock.stage("runtime", || Runtime::load(options))?;
         let weights = Arc::new(SharedWeights::new(&plain.graph).map_err(LoadError::bad)?);
-        let model_folder = path.join(&file);
         let bench = Bench {
             runtime,
             weights,
-            folder: model_folder
-                .parent()
-                .unwrap_or(path)
-                .to_string_lossy()
-                .into_owned(),
+            folder: model_folder.to_string_lossy().into_owned(),
         };
         let normal = plain.clone();
         // The plain session is built once here: a model that the runtime refuses must not load.
@@ -257,11 +257,12 @@ fn open_folder(path: &Path, options: &LoadOptions) -> Result<Folder, LoadError> 
     })
 }
 
-/// `model.onnx`, `onnx/model.onnx`, or the only `.onnx` file of the folder.
-fn model_file(path: &Path) -> Result<String, LoadError> {
-    for name in ["model.onnx", "onnx/model.onnx"] {
-        if path.join(name).exists() {
-            return Ok(name.to_owned());
+/// `model.onnx`, `onnx/model.onnx`, or the only `.onnx` file of the folder: the folder that it stands in, beneath which its external data
+/// stand too, and its name.
+fn model_file(path: &Path) -> Result<(PathBuf, String), LoadError> {
+    for folder in [path.to_owned(), path.join("onnx")] {
+        if folder.join(MODEL).symlink_metadata().is_ok() {
+            return Ok((folder, MODEL.to_owned()));
         }
     }
     let mut found: Vec<PathBuf> = std::fs::read_dir(path)
@@ -270,11 +271,10 @@ fn model_file(path: &Path) -> Result<String, LoadError> {
         .filter(|p| p.extension().is_some_and(|e| e == "onnx"))
         .collect();
     match (found.pop(), found.is_empty()) {
-        (Some(only), true) => Ok(only
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned()),
+        (Some(only), true) => {
+            let name = only.file_name().unwrap_or_default().to_string_lossy();
+            Ok((path.to_owned(), name.into_owned()))
+        }
         (Some(_), false) => Err(LoadError::bad(
             "the folder holds several .onnx files and none is called model.onnx",
         )),

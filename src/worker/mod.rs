@@ -30,6 +30,8 @@ mod weights;
 
 pub use serve::main;
 
+use std::path::Path;
+
 use crate::ipc::{
     wire::{Failed, Failure, event},
     worker_side::Sender,
@@ -46,9 +48,15 @@ fn failure(
     message: &str,
     subject: &str,
 ) -> std::io::Result<()> {
+    // Where the library was looked for is the operator's business; every other message may reach a client.
+    let message = if kind == Failure::Provider {
+        shortened(message)
+    } else {
+        tidy(message)
+    };
     let failed = Failed {
         failure: kind.into(),
-        message: tidy(message),
+        message,
         subject: subject.chars().take(200).collect(),
     };
     sender.send(id, event::Kind::Failed(failed), None)
@@ -56,30 +64,35 @@ fn failure(
 
 /// A message of the runtime for people: one line, without control characters, without paths of this host, not too long.
 fn tidy(message: &str) -> String {
-    let mut out = String::new();
-    for word in message.split_whitespace() {
-        // The runtime names its own source files and the model's absolute path.
-        let path = word
-            .trim_start_matches(['"', '\'', '(', '['])
-            .starts_with('/')
-            && word.len() > 2;
-        if !out.is_empty() {
-            out.push(' ');
+    let words: Vec<&str> = message
+        .split_whitespace()
+        // The runtime names the lines of its own source.
+        .filter(|w| !w.contains(".cc:") && !w.contains(".h:"))
+        .map(without_folders)
+        .collect();
+    shortened(&words.join(" "))
+}
+
+/// Keeps the last part of a path of this host. Names in a graph look like paths too, but their first part is no folder of the root.
+fn without_folders(word: &str) -> &str {
+    let path = word.trim_start_matches(['"', '\'', '(', '[', '`']);
+    let first = path.strip_prefix('/').and_then(|p| p.split('/').next());
+    match (first, word.rfind('/')) {
+        (Some(first), Some(last)) if !first.is_empty() && Path::new("/").join(first).exists() => {
+            &word[last + 1..]
         }
-        if path {
-            out.push_str("[path]");
-        } else {
-            out.extend(word.chars().filter(|c| !c.is_control()));
-        }
-        if out.len() > MAX_MESSAGE {
-            let mut end = MAX_MESSAGE;
-            while !out.is_char_boundary(end) {
-                end -= 1;
-            }
-            out.truncate(end);
-            out.push('…');
-            break;
-        }
+        _ => word,
+    }
+}
+
+fn shortened(message: &str) -> String {
+    let mut out: String = message
+        .chars()
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect();
+    if out.len() > MAX_MESSAGE {
+        out.truncate(out.floor_char_boundary(MAX_MESSAGE));
+        out.push('…');
     }
     out
 }
@@ -89,11 +102,14 @@ mod tests {
     use super::tidy;
 
     #[test]
-    fn messages_lose_paths_and_control_characters() {
+    fn messages_lose_folders_of_this_host_and_control_characters_and_keep_names() {
         assert_eq!(
-            tidy("Load model from /srv/models/a/model.onnx failed:\n\x1b[31mbad"),
-            "Load model from [path] failed: [31mbad"
+            tidy("Load model from \"/tmp/models/a/model.onnx\" failed:\n\x1b[31mbad"),
+            "Load model from model.onnx\" failed:  [31mbad"
         );
-        assert!(tidy(&"word ".repeat(1000)).len() < 1000);
+        let node = "node \"/encoder/layers.0/self_attn/Reshape_4\" is broken";
+        assert_eq!(tidy(node), node);
+        assert_eq!(tidy("/onnxruntime_src/core/graph.cc:12 failed"), "failed");
+        assert!(tidy(&"wörd ".repeat(1000)).len() < 1000);
     }
 }

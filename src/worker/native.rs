@@ -50,6 +50,15 @@ pub(super) fn library_version(path: &Path) -> Result<String, String> {
     Ok(version)
 }
 
+/// Lets a fault end the process by its signal. Rust's own handler, which tells stack overflows, otherwise swallows the first SIGSEGV or SIGBUS that
+/// another process sends, and the front could not tell how its worker died.
+pub(super) fn die_by_signals() {
+    for signal in [libc::SIGSEGV, libc::SIGBUS] {
+        // SAFETY: the default disposition runs no code of ours. Called before any other thread is started.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
+}
+
 /// A tensor that ONNX Runtime reads in place.
 ///
 /// Fields drop in order: the handle, then the bytes behind it. Who hands [`Lent::value`] to a session must keep the

@@ -11,7 +11,7 @@ use rustix::{
     thread::set_no_new_privs,
 };
 
-use super::limits;
+use super::{limits, native};
 
 /// Enters the sandbox. `socket` is the connection to the front.
 ///
@@ -21,6 +21,7 @@ use super::limits;
 /// # Errors
 /// When the kernel refuses, or the front is gone already.
 pub(super) fn enter(socket: impl AsFd) -> io::Result<()> {
+    native::die_by_signals();
     set_no_new_privs(true)?;
     limits::at_start()?;
     set_parent_process_death_signal(Some(Signal::KILL))?;

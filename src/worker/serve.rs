@@ -6,8 +6,13 @@ use std::{
         fd::OwnedFd,
         unix::{net::UnixStream, process::CommandExt as _},
     },
+    panic::{AssertUnwindSafe, catch_unwind},
     process::{Command, ExitCode},
-    sync::{Arc, OnceLock, mpsc},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -77,6 +82,8 @@ struct Shared {
     variants: Variants,
     /// Set once, by the load.
     model: Arc<OnceLock<Loaded>>,
+    /// Whether a load was begun. The runtime can be set up once in a process, so a worker loads once.
+    begun: Arc<AtomicBool>,
 }
 
 fn serve(sender: &Sender, mut receiver: Receiver) -> io::Result<()> {
@@ -84,6 +91,7 @@ fn serve(sender: &Sender, mut receiver: Receiver) -> io::Result<()> {
         sender: sender.clone(),
         variants: Variants::default(),
         model: Arc::default(),
+        begun: Arc::default(),
     };
     let control = shared.thread("control", Shared::control)?;
     let text = shared.thread("text", Shared::text)?;
@@ -115,6 +123,21 @@ fn forward(queue: &mpsc::SyncSender<command::Kind>, command: command::Kind) -> i
         .map_err(|_| io::Error::other("the front sent more commands than it may"))
 }
 
+fn id_of(command: &command::Kind) -> u64 {
+    match command {
+        command::Kind::Load(c) => c.id,
+        command::Kind::Build(c) => c.id,
+        command::Kind::Run(c) => c.id,
+        command::Kind::Tokenize(c) => c.id,
+        command::Kind::Dump(c) => c.id,
+        command::Kind::Decode(c) => c.id,
+        command::Kind::Evict(_)
+        | command::Kind::Cancel(_)
+        | command::Kind::Release(_)
+        | command::Kind::Ping(_) => 0,
+    }
+}
+
 impl Shared {
     fn thread(
         &self,
@@ -127,7 +150,14 @@ impl Shared {
             .name(name.to_owned())
             .spawn(move || {
                 for command in commands {
-                    if work(&shared, command).is_err() {
+                    let id = id_of(&command);
+                    // A panic in here is a mistake of ours, and costs this command only.
+                    let done = catch_unwind(AssertUnwindSafe(|| work(&shared, command)))
+                        .unwrap_or_else(|_| {
+                            let why = "the worker panicked; its log says where";
+                            failure(&shared.sender, id, Failure::Runtime, why, "")
+                        });
+                    if done.is_err() {
                         return; // the front is gone; the reader ends the process
                     }
                 }
@@ -178,21 +208,17 @@ impl Shared {
                 return failure(&self.sender, load.id, Failure::InvalidArgument, &why, "");
             }
         };
+        if self.begun.swap(true, Ordering::AcqRel) {
+            let why = "a worker loads one model once: start another worker";
+            return failure(&self.sender, load.id, Failure::FailedPrecondition, why, "");
+        }
         let ticker = Ticker::start(&self.sender, load.id)?;
         let result = Loaded::load(load.folder.as_ref(), &options, &|stage| ticker.stage(stage));
         drop(ticker);
         match result {
             Ok(loaded) => {
                 let info = serde_json::to_string(&loaded.info).map_err(io::Error::other)?;
-                if self.model.set(loaded).is_err() {
-                    return failure(
-                        &self.sender,
-                        load.id,
-                        Failure::FailedPrecondition,
-                        "this worker holds a model already",
-                        "",
-                    );
-                }
+                assert!(self.model.set(loaded).is_ok(), "a worker loads once");
                 self.sender
                     .send(load.id, event::Kind::Loaded(LoadedEvent { info }), None)
             }
@@ -229,18 +255,7 @@ impl Shared {
     }
 
     fn text(&self, command: command::Kind) -> io::Result<()> {
-        let id = match &command {
-            command::Kind::Tokenize(t) => t.id,
-            command::Kind::Decode(d) => d.id,
-            command::Kind::Run(_)
-            | command::Kind::Cancel(_)
-            | command::Kind::Load(_)
-            | command::Kind::Build(_)
-            | command::Kind::Evict(_)
-            | command::Kind::Dump(_)
-            | command::Kind::Release(_)
-            | command::Kind::Ping(_) => return Ok(()),
-        };
+        let id = id_of(&command);
         let Some(model) = self.model.get() else {
             return self.not_loaded(id);
         };

@@ -68,11 +68,16 @@ pub(super) fn hugging_face(
     found.alias(&hook, format!("hidden_states.{}", last + 1));
 }
 
+/// Attentions are counted: layers without one do not count.
 fn number_attentions(found: &mut Found, layers: &[LayerTrace]) {
-    for at in 0..layers.len() {
+    let with = layers
+        .iter()
+        .enumerate()
+        .filter(|(_, l)| l.attention.is_some());
+    for (number, (at, _)) in with.enumerate() {
         found.alias(
             &format!("blocks.{at}.attn.hook_pattern"),
-            format!("attentions.{at}"),
+            format!("attentions.{number}"),
         );
     }
 }
