@@ -2,9 +2,13 @@
 
 mod onnx_wire;
 
-use std::{fs, os::unix::fs::FileExt as _, path::Path};
+use std::{
+    fs,
+    os::unix::fs::{FileExt as _, symlink},
+    path::Path,
+};
 
-use introspectd::onnx::{Folder, Graph, Limits, Model, Weights};
+use introspectd::onnx::{Folder, Graph, Limits, Model, OnnxError, Weights};
 use onnx_wire::*;
 
 fn open(folder: &Path, file: &str) -> Model {
@@ -114,6 +118,49 @@ fn data_stand_beside_the_model_file_and_not_beside_the_folder() {
     let weight = m.graph.initializers().next().unwrap().1;
     assert_eq!(weight.tensor().unwrap().to_f32().unwrap()[..], [1.0, 2.0]);
     assert_eq!(&*weight.origin().unwrap().file, "data.bin");
+    let beside = keep.path().join("onnx").canonicalize().unwrap();
+    assert_eq!(m.weights_folder(), Some(&*beside));
+}
+
+/// A snapshot as the hub's cache lays it out: every file a link into `blobs/`.
+fn hub_cache() -> tempfile::TempDir {
+    let keep = tempfile::tempdir().unwrap();
+    let snapshot = keep.path().join("models/snapshots/1/onnx");
+    fs::create_dir_all(&snapshot).unwrap();
+    fs::create_dir(keep.path().join("models/blobs")).unwrap();
+    let w = external("w", &[512], &[("location", "model.onnx_data")]);
+    let inside = tensor("v", FLOAT, &[512], &f32s(&[2.5; 512]));
+    let text = "a = Add x w\ny = Add a v";
+    let wire = model(&graph(&["x"], text, &["y"]).all(5, [w, inside]));
+    fs::write(keep.path().join("models/blobs/f00"), &wire.0).unwrap();
+    fs::write(keep.path().join("models/blobs/ba5"), f32s(&[1.5; 512])).unwrap();
+    for (name, blob) in [("model.onnx", "f00"), ("model.onnx_data", "ba5")] {
+        symlink(format!("../../../blobs/{blob}"), snapshot.join(name)).unwrap();
+    }
+    keep
+}
+
+#[test]
+fn a_snapshot_of_the_hubs_cache_refers_to_the_files_behind_the_links() {
+    let keep = hub_cache();
+    let inside = Path::new("models/snapshots/1");
+    let folder = Folder::in_repository(keep.path(), inside).unwrap();
+    let m = Model::open(&folder, "onnx/model.onnx", &Limits::default()).unwrap();
+    let base = m.weights_folder().unwrap();
+    assert_eq!(base, keep.path().canonicalize().unwrap());
+    for (name, file) in [("w", "models/blobs/ba5"), ("v", "models/blobs/f00")] {
+        let weight = m.graph.initializer(m.graph.value(name).unwrap()).unwrap();
+        let origin = weight.origin().unwrap();
+        assert_eq!(&*origin.file, file);
+        let bytes = fs::read(base.join(file)).unwrap();
+        let from = usize::try_from(origin.offset).unwrap();
+        let tensor = weight.tensor().unwrap();
+        assert_eq!(bytes[from..from + 2048], tensor.bytes()[..], "{name}");
+    }
+    // Without a repository a link is a link.
+    let alone = Folder::open(&keep.path().join(inside)).unwrap();
+    let refused = Model::open(&alone, "onnx/model.onnx", &Limits::default());
+    assert!(matches!(refused, Err(OnnxError::Confined { .. })));
 }
 
 #[test]

@@ -171,9 +171,21 @@ fn an_exported_model_with_mutated_bytes_is_refused_or_read() {
 
 #[test]
 fn a_few_bytes_that_would_decode_to_gigabytes_are_refused() {
-    // Two bytes each: an empty node.
-    let nodes = Wire::new().raw(&[10, 0].repeat(4 << 20));
-    refused(&model(&nodes), &["too large", "memory"]);
+    // Two bytes each, hundreds once decoded: empty nodes, weights, attributes, dimensions.
+    let many = |field: u8, n: usize| Wire::new().raw(&[field << 3 | 2, 0].repeat(n));
+    refused(&model(&many(1, 2 << 20)), &["too large", "number of nodes"]);
+    refused(&model(&many(5, 2 << 20)), &["too large", "memory"]);
+    let node = node("y = Relu x").raw(&many(5, 2 << 20).0);
+    refused(&model(&Wire::new().put(1, node)), &["too large", "memory"]);
+    let shape = Wire::new().put(2, many(1, 16 << 20));
+    let input = Wire::new().put(2, Wire::new().put(1, shape));
+    refused(
+        &model(&Wire::new().put(11, input)),
+        &["too large", "memory"],
+    );
+    // One byte each, eight once decoded.
+    let dims = Wire::new().put(1, vec![1; 64 << 20]);
+    refused(&model(&Wire::new().put(5, dims)), &["too large", "memory"]);
 }
 
 #[test]

@@ -1,5 +1,5 @@
 //! Tiny ONNX models for tests, written field by field, so that they can also be wrong in ways that no encoder would write.
-#![allow(dead_code)] // every test binary uses a part of it
+#![allow(dead_code, unreachable_pub)] // shared: every test binary uses a part of it
 
 /// A protobuf message under construction.
 #[derive(Clone, Debug, Default)]
