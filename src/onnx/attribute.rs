@@ -101,7 +101,7 @@ impl Attribute {
             .flat_map(|a| a.g.iter().chain(&a.graphs))
     }
 
-    /// From a message that [`super::check::attribute`] has passed.
+    /// From a message that [`super::check::attributes`] has passed.
     pub(super) fn from_proto(mut a: AttributeProto) -> Self {
         let name = std::mem::take(&mut a.name).into_boxed_str();
         let tensor = |a: &AttributeProto| {
@@ -124,23 +124,38 @@ impl Attribute {
     }
 
     pub(super) fn to_proto(&self) -> AttributeProto {
-        let mut a = if let Payload::Other(a) = &self.payload {
-            a.as_ref().clone()
-        } else {
-            AttributeProto::default()
+        let of_kind = |kind: i32| AttributeProto {
+            r#type: kind,
+            ..AttributeProto::default()
+        };
+        let mut a = match &self.payload {
+            Payload::Float(v) => AttributeProto {
+                f: *v,
+                ..of_kind(kind::FLOAT)
+            },
+            Payload::Int(v) => AttributeProto {
+                i: *v,
+                ..of_kind(kind::INT)
+            },
+            Payload::String(v) => AttributeProto {
+                s: v.clone(),
+                ..of_kind(kind::STRING)
+            },
+            Payload::Floats(v) => AttributeProto {
+                floats: v.to_vec(),
+                ..of_kind(kind::FLOATS)
+            },
+            Payload::Ints(v) => AttributeProto {
+                ints: v.to_vec(),
+                ..of_kind(kind::INTS)
+            },
+            Payload::Tensor(v) => AttributeProto {
+                t: Some(constant::message("", v)),
+                ..of_kind(kind::TENSOR)
+            },
+            Payload::Other(a) => a.as_ref().clone(),
         };
         a.name = self.name.to_string();
-        match &self.payload {
-            Payload::Float(v) => (a.r#type, a.f) = (kind::FLOAT, *v),
-            Payload::Int(v) => (a.r#type, a.i) = (kind::INT, *v),
-            Payload::String(v) => (a.r#type, a.s) = (kind::STRING, v.clone()),
-            Payload::Floats(v) => (a.r#type, a.floats) = (kind::FLOATS, v.to_vec()),
-            Payload::Ints(v) => (a.r#type, a.ints) = (kind::INTS, v.to_vec()),
-            Payload::Tensor(v) => {
-                (a.r#type, a.t) = (kind::TENSOR, Some(constant::message("", v)));
-            }
-            Payload::Other(_) => {}
-        }
         a
     }
 }

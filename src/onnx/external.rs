@@ -24,7 +24,10 @@ const EXTERNAL: i32 = 1;
 /// A model file in its folder.
 pub(super) struct Place {
     pub(super) folder: Folder,
-    pub(super) file: Arc<str>,
+    /// Name in the folder.
+    pub(super) file: String,
+    /// Path relative to the folder's base, for [`Origin`].
+    pub(super) path: Arc<str>,
 }
 
 /// The files that the tensors of one model come from.
@@ -32,7 +35,8 @@ pub(super) struct TensorFiles<'a> {
     model: Bytes,
     place: Option<Place>,
     limits: &'a Limits,
-    files: BTreeMap<Arc<str>, Bytes>,
+    /// By the name that the model uses: the bytes, and the path relative to the folder's base.
+    files: BTreeMap<String, (Bytes, Arc<str>)>,
     total: u128,
 }
 
@@ -126,14 +130,17 @@ impl<'a> TensorFiles<'a> {
                 "its data stand in another file, and this model has no folder".to_owned(),
             ));
         };
-        let name: Arc<str> = folder::plain(location.as_ref())?.to_string_lossy().into();
-        let bytes = match self.files.get(&name) {
-            Some(bytes) => bytes.clone(),
-            None if name == here.file => self.model.clone(),
+        let name = folder::plain(location.as_ref())?
+            .to_string_lossy()
+            .into_owned();
+        let (bytes, path) = match self.files.get(&name) {
+            Some(known) => known.clone(),
+            None if name == here.file => (self.model.clone(), here.path.clone()),
             None => {
-                let bytes = here.folder.map(&name, self.limits.file_bytes)?;
-                self.files.insert(name.clone(), bytes.clone());
-                bytes
+                let (bytes, path) = here.folder.map_with_path(&name, self.limits.file_bytes)?;
+                let opened = (bytes, Arc::from(path));
+                self.files.insert(name.clone(), opened.clone());
+                opened
             }
         };
         let start = usize::try_from(offset).ok();
@@ -150,7 +157,7 @@ impl<'a> TensorFiles<'a> {
             return Err(invalid("has its data in two places".to_owned()));
         }
         t.raw_data = bytes.slice(start..end);
-        Ok(Origin { file: name, offset })
+        Ok(Origin { file: path, offset })
     }
 
     /// Where a slice of the model file stands in it.
@@ -159,7 +166,7 @@ impl<'a> TensorFiles<'a> {
         let offset = (slice.as_ptr() as usize).checked_sub(self.model.as_ptr() as usize)?;
         let inside = !slice.is_empty() && offset.checked_add(slice.len())? <= self.model.len();
         inside.then(|| Origin {
-            file: here.file.clone(),
+            file: here.path.clone(),
             offset: offset as u64,
         })
     }
@@ -171,7 +178,7 @@ impl<'a> TensorFiles<'a> {
             return model;
         }
         let mut whole = Sha256::new_with_prefix(model);
-        for (name, bytes) in &self.files {
+        for (name, (bytes, _)) in &self.files {
             whole.update((name.len() as u64).to_le_bytes());
             whole.update(name.as_bytes());
             whole.update(Sha256::digest(bytes));

@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     path::{Component, Path, PathBuf},
 };
 
@@ -32,6 +32,8 @@ const DIRECTORY: OFlags = OFlags::RDONLY
 #[derive(Debug)]
 pub struct Folder {
     root: OwnedFd,
+    /// Path of the root on this machine.
+    path: PathBuf,
     /// Path of the folder inside the root.
     inside: PathBuf,
     follow_links: bool,
@@ -40,8 +42,10 @@ pub struct Folder {
 impl Folder {
     /// Opens a folder that stands by itself.
     pub fn open(path: &Path) -> Result<Self, OnnxError> {
+        let root = directory(path)?;
         Ok(Self {
-            root: directory(path)?,
+            path: path_of(&root).unwrap_or_else(|| path.to_owned()),
+            root,
             inside: PathBuf::new(),
             follow_links: false,
         })
@@ -49,8 +53,10 @@ impl Folder {
 
     /// Opens `repository/inside`, following links that stay beneath the repository.
     pub fn in_repository(repository: &Path, inside: &Path) -> Result<Self, OnnxError> {
+        let root = directory(repository)?;
         Ok(Self {
-            root: directory(repository)?,
+            path: path_of(&root).unwrap_or_else(|| repository.to_owned()),
+            root,
             inside: if inside.as_os_str().is_empty() {
                 PathBuf::new()
             } else {
@@ -70,6 +76,7 @@ impl Folder {
             .into_owned();
         let folder = Folder {
             root: self.root.try_clone().map_err(|e| OnnxError::io(file, e))?,
+            path: self.path.clone(),
             inside: self.inside.join(path.parent().unwrap_or(Path::new(""))),
             follow_links: self.follow_links,
         };
@@ -109,16 +116,55 @@ impl Folder {
 
     /// Maps a regular file of at most `limit` bytes.
     pub fn map(&self, name: &str, limit: u64) -> Result<Bytes, OnnxError> {
-        let file = self.file(name)?;
-        let length = file.metadata().map_err(|e| OnnxError::io(name, e))?.len();
-        if length > limit {
-            return Err(OnnxError::Limit {
-                what: "the size of a file",
-                limit,
-            });
-        }
-        mapped::map(&file, length).map_err(|e| OnnxError::io(name, e))
+        map(&self.file(name)?, name, limit)
     }
+
+    /// Maps a regular file, and tells its path relative to [`Folder::base`], with no link on the way.
+    pub(super) fn map_with_path(
+        &self,
+        name: &str,
+        limit: u64,
+    ) -> Result<(Bytes, String), OnnxError> {
+        let file = self.file(name)?;
+        let bytes = map(&file, name, limit)?;
+        let nominal = if self.follow_links {
+            self.inside.join(name)
+        } else {
+            plain(Path::new(name))?
+        };
+        let real = path_of(&file).filter(|_| self.follow_links);
+        let real = real
+            .as_ref()
+            .and_then(|p| p.strip_prefix(&self.path).ok())
+            .unwrap_or(&nominal);
+        Ok((bytes, real.to_string_lossy().into_owned()))
+    }
+
+    /// The folder of this machine beneath which every file of this folder really stands: the repository, where links are
+    /// followed; the folder itself, where they are not.
+    pub(super) fn base(&self) -> PathBuf {
+        if self.follow_links {
+            self.path.clone()
+        } else {
+            self.path.join(&self.inside)
+        }
+    }
+}
+
+fn map(file: &File, name: &str, limit: u64) -> Result<Bytes, OnnxError> {
+    let length = file.metadata().map_err(|e| OnnxError::io(name, e))?.len();
+    if length > limit {
+        return Err(OnnxError::Limit {
+            what: "the size of a file",
+            limit,
+        });
+    }
+    mapped::map(file, length).map_err(|e| OnnxError::io(name, e))
+}
+
+/// Where an open file or folder stands, as the kernel knows it; `None` where `/proc` is not mounted.
+fn path_of(fd: &impl AsRawFd) -> Option<PathBuf> {
+    std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd())).ok()
 }
 
 fn directory(path: &Path) -> Result<OwnedFd, OnnxError> {

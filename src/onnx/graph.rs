@@ -73,10 +73,10 @@ impl Port {
     }
 }
 
-/// Where the bytes of a weight stand in a file of the model's folder.
+/// Where the bytes of a weight stand in a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Origin {
-    /// File name relative to the folder.
+    /// Path relative to [`super::Model::weights_folder`].
     pub file: Arc<str>,
     /// First byte.
     pub offset: u64,

@@ -8,7 +8,7 @@ pub struct Limits {
     /// Bytes of all weights together.
     pub weight_bytes: u64,
     /// Memory that the decoded messages may take, weights that stay in the mapped file left out. Also bounds what
-    /// inlining functions may add.
+    /// inlining functions may add. A graph of ten thousand nodes takes about a tenth of the default.
     pub decoded_bytes: u64,
     /// Nesting of messages. A subgraph takes three levels.
     pub depth: u32,
@@ -21,7 +21,7 @@ impl Default for Limits {
         Self {
             file_bytes: 1 << 40,
             weight_bytes: 1 << 40,
-            decoded_bytes: 1 << 30,
+            decoded_bytes: 512 << 20,
             // Below the hundred at which protobuf decoders stop.
             depth: 48,
             nodes: 200_000,

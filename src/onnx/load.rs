@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
+    path::Path,
     sync::Arc,
 };
 
@@ -41,16 +42,21 @@ pub struct Model {
     /// Free properties of the file.
     pub metadata: BTreeMap<String, String>,
     fingerprint: [u8; 32],
+    weights_folder: Option<Arc<Path>>,
 }
 
 impl Model {
     /// Reads `file` of a folder. Weights stay in the mapped files. External data are looked for beneath the folder in which
-    /// the file itself stands, and [`super::Origin`]s are relative to it.
+    /// the file itself stands.
     pub fn open(folder: &Folder, file: &str, limits: &Limits) -> Result<Model, OnnxError> {
-        let bytes = folder.map(file, limits.file_bytes)?;
-        let (folder, name) = folder.of_file(file)?;
-        let file = name.into();
-        read(bytes, Some(Place { folder, file }), limits)
+        let (folder, file) = folder.of_file(file)?;
+        let (bytes, path) = folder.map_with_path(&file, limits.file_bytes)?;
+        let place = Place {
+            folder,
+            file,
+            path: path.into(),
+        };
+        read(bytes, Some(place), limits)
     }
 
     /// Reads a model from memory. It can have no external data, since there is no folder.
@@ -72,7 +78,15 @@ impl Model {
             producer: self.producer.clone(),
             metadata: self.metadata.clone(),
             fingerprint: self.fingerprint,
+            weights_folder: self.weights_folder.clone(),
         }
+    }
+
+    /// The folder of this machine that every [`super::Origin`], and so every reference that [`Model::encode`] writes, is relative
+    /// to: that of the model file, or the repository where links are followed (a runtime follows none out of the folder that it is
+    /// told). `None` for a model from memory.
+    pub fn weights_folder(&self) -> Option<&Path> {
+        self.weights_folder.as_deref()
     }
 
     /// SHA-256 of the model file; with external data, of that and of the name and SHA-256 of each further file, by name.
@@ -82,6 +96,7 @@ impl Model {
 }
 
 fn read(bytes: Bytes, place: Option<Place>, limits: &Limits) -> Result<Model, OnnxError> {
+    let weights_folder = place.as_ref().map(|p| p.folder.base().into());
     scan(&bytes, limits)?;
     let mut proto =
         ModelProto::decode(bytes.clone()).map_err(|e| OnnxError::malformed(e.to_string()))?;
@@ -114,6 +129,7 @@ fn read(bytes: Bytes, place: Option<Place>, limits: &Limits) -> Result<Model, On
             .map(|p| (p.key, p.value))
             .collect(),
         fingerprint,
+        weights_folder,
     })
 }
 

@@ -8,12 +8,12 @@
 //! intercept  v ──▶ f ──▶ readers       readers of v read f(v)
 //! ```
 //!
-//! Reroutes act in the order in which they were asked for. A value that a subgraph of a control-flow operator reads cannot be
+//! Reroutes act in the order in which they were asked for, on the readers that were there by then: of two intercepts of one value, the
+//! later one stands nearer to it. A value that a subgraph of a control-flow operator reads cannot be
 //! rerouted; that is an error.
 
 use std::{
     collections::{HashMap, HashSet},
-    ops::Range,
     sync::Arc,
 };
 
@@ -56,8 +56,9 @@ pub struct Patch {
 struct Shunt {
     from: ValueId,
     to: ValueId,
-    /// Nodes that go on reading `from`: those the replacement is made of.
-    except: Range<u32>,
+    /// Nodes of the patch from this one on go on reading `from`: those that the replacement is made of, and those that
+    /// were added after the reroute was asked for.
+    before: u32,
 }
 
 impl Patch {
@@ -215,19 +216,18 @@ impl Patch {
 
     /// Every reader of `from`, and an output under it, reads `to` instead. An output keeps its name.
     pub fn shunt(&mut self, from: ValueId, to: ValueId) {
-        let except = 0..0;
-        self.shunts.push(Shunt { from, to, except });
+        let before = self.draft.nodes.len() as u32;
+        self.shunts.push(Shunt { from, to, before });
     }
 
     /// Puts `f` between a value and its readers. What `f` adds goes on reading the value itself.
     pub fn intercept(&mut self, value: ValueId, f: impl FnOnce(&mut Patch, ValueId) -> ValueId) {
         let before = self.draft.nodes.len() as u32;
         let to = f(self, value);
-        let except = before..self.draft.nodes.len() as u32;
         self.shunts.push(Shunt {
             from: value,
             to,
-            except,
+            before,
         });
     }
 
@@ -253,8 +253,9 @@ impl Patch {
         } else {
             self.readers()
         };
+        let added = self.draft.nodes.len() as u32;
         for shunt in shunts.iter().filter(|s| s.from != s.to) {
-            self.reroute(shunt, &mut readers)?;
+            self.reroute(shunt, added, &mut readers)?;
         }
         if let Some(keep) = &self.keep_outputs {
             let keep: HashSet<ValueId> = keep.iter().copied().collect();
@@ -310,11 +311,13 @@ impl Patch {
     fn reroute(
         &mut self,
         shunt: &Shunt,
+        added: u32,
         readers: &mut HashMap<ValueId, Vec<u32>>,
     ) -> Result<(), OnnxError> {
-        let Shunt { from, to, except } = shunt;
+        let Shunt { from, to, before } = shunt;
         let all = readers.remove(from).unwrap_or_default();
-        let (stay, moved): (Vec<u32>, Vec<u32>) = all.iter().partition(|n| except.contains(n));
+        let (stay, moved): (Vec<u32>, Vec<u32>) =
+            all.iter().partition(|n| (*before..added).contains(n));
         for at in &moved {
             let Some(node) = &mut self.draft.nodes[*at as usize] else {
                 continue;

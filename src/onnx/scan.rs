@@ -108,12 +108,18 @@ pub(super) fn scan(bytes: &[u8], limits: &Limits) -> Result<(), OnnxError> {
     if bytes.is_empty() {
         return Err(OnnxError::malformed("the file is empty"));
     }
-    Count { limits, cost: 0 }.message(bytes, Kind::Model, 0)
+    let mut count = Count {
+        limits,
+        cost: 0,
+        nodes: 0,
+    };
+    count.message(bytes, Kind::Model, 0)
 }
 
 struct Count<'a> {
     limits: &'a Limits,
     cost: u64,
+    nodes: u64,
 }
 
 impl Count<'_> {
@@ -123,6 +129,15 @@ impl Count<'_> {
                 what: "the nesting of messages",
                 limit: u64::from(self.limits.depth),
             });
+        }
+        if matches!(kind, Kind::Node) {
+            self.nodes += 1;
+            if self.nodes > self.limits.nodes {
+                return Err(OnnxError::Limit {
+                    what: "the number of nodes",
+                    limit: self.limits.nodes,
+                });
+            }
         }
         self.spend((kind.size() as u64).saturating_mul(GROWTH))?;
         while !bytes.is_empty() {

@@ -136,7 +136,11 @@ impl Loaded {
         let bench = Bench {
             runtime,
             weights,
-            folder: model_folder.to_string_lossy().into_owned(),
+            folder: plain
+                .weights_folder()
+                .unwrap_or(&model_folder)
+                .to_string_lossy()
+                .into_owned(),
         };
         let normal = plain.clone();
         // The plain session is built once here: a model that the runtime refuses must not load.
