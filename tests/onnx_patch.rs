@@ -442,7 +442,7 @@ fn a_function_may_return_its_input_and_the_same_value_twice() {
 #[test]
 fn inlined_names_are_new_even_when_a_file_tries_to_guess_them() {
     let f = function("f", &["i"], "h = Neg i\no = Neg h", &["o"]);
-    let text = "f#1/h = Relu x\nb = local:f x\ny = Add b f#1/h";
+    let text = "#1/f/h = Relu x\nb = local:f x\ny = Add b #1/f/h";
     let g = graph(&["x"], text, &["y"]);
     let m = parse(header().put(8, opset("local", 1)).put(25, f).put(7, g).0);
     assert_eq!(outputs(&m.graph), [("y".to_owned(), 4.0)]);

@@ -73,7 +73,10 @@ pub(super) fn versions(model: &ModelProto) -> Result<BTreeMap<String, i64>, Onnx
             return Err(OnnxError::invalid(place(), "is imported twice"));
         }
     }
-    let version = opsets.get("").copied().unwrap_or(0);
+    let Some(&version) = opsets.get("") else {
+        let why = "the model does not import the standard operators; export the model again";
+        return Err(OnnxError::invalid("operator set", why));
+    };
     if !OPSETS.contains(&version) {
         return Err(OnnxError::invalid(
             "operator set",

@@ -63,7 +63,8 @@ pub(super) fn inline(model: &mut ModelProto, limits: &Limits) -> Result<(), Onnx
     Ok(())
 }
 
-/// A run of `#` that no name of the graph holds, so that inlined names are new.
+/// A run of `#` that no name of the graph holds. With the number of the call behind it, it begins the names of that call, so
+/// that inlined names are new and differ between calls.
 fn unused_marker(graph: &GraphProto) -> String {
     fn longest(graph: &GraphProto) -> usize {
         let run = |name: &str| {
@@ -201,7 +202,7 @@ impl<'a> Expansion<'a> {
         body(
             call,
             function,
-            format!("{short}{}{}/", self.marker, self.calls),
+            format!("{}{}/{short}/", self.marker, self.calls),
         )
         .map_err(invalid)
     }
