@@ -115,7 +115,7 @@ async fn a_row_in_a_batch_gives_what_it_gives_alone() {
         "bert.legacy14",
         "gpt2.dynamo20",
         "distilbert.dynamo20",
-        "encoder_layer.legacy17",
+        "encoder_layer.dynamo20",
     ] {
         let (_registry, handle) = load(name).await;
         let main = handle.info().main_output.clone();

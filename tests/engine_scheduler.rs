@@ -6,8 +6,8 @@ use std::{sync::atomic::Ordering, time::Duration};
 
 use introspectd::{
     engine::{
-        Ctx, EngineConfig, EngineError, Job, Lane, ModelHandle, NamedTensor, Outcome, PickSpec,
-        RowGroup, RowsDone,
+        Ctx, Engine, EngineConfig, EngineError, Job, Lane, ModelHandle, NamedTensor, Outcome,
+        PickSpec, RowGroup, RowsDone,
     },
     ipc::spec::VariantSpec,
     tensor::Tensor,
@@ -15,7 +15,7 @@ use introspectd::{
 use proptest::prelude::*;
 
 mod engine_fake;
-use engine_fake::{FakeWorker, PANIC, POISON, STUBBORN, adopt, serve};
+use engine_fake::{FakeWorker, PANIC, POISON, STUBBORN, adopt, generation, serve};
 
 const RUN: Duration = Duration::from_millis(10);
 
@@ -371,14 +371,16 @@ async fn a_panic_in_a_run_fails_that_run_only() {
 #[tokio::test(start_paused = true)]
 async fn a_death_fails_what_ran_and_tells_the_rest_to_come_back() {
     let worker = FakeWorker::new(Duration::from_secs(1));
-    let (engine, handle) = serve(EngineConfig::default(), &worker).await;
+    let engine = Engine::new(EngineConfig::default());
+    let generation = generation(&engine, &worker, "fake").await;
+    let (handle, _drained) = ModelHandle::new(generation.clone());
     let other_worker = FakeWorker::new(RUN);
     let other = adopt(&engine, &other_worker, "other").await;
     let ctx = ctx();
     let scene = async {
         eventually("it runs", || worker.seen().len() == 1).await;
         worker.die("SIGSEGV");
-        handle.died("SIGSEGV");
+        generation.died("SIGSEGV");
     };
     let (ran, queued, elsewhere, ()) = tokio::join!(
         ask(&handle, Lane::Predict, &[1], &ctx),

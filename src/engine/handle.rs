@@ -76,11 +76,6 @@ impl ModelHandle {
         &self.generation.counts
     }
 
-    /// The worker died; see [`Generation::died`].
-    pub fn died(&self, cause: &str) {
-        self.generation.died(cause);
-    }
-
     /// A permit for bytes that the caller is going to buffer beyond what it takes from a [`RowStream`] and passes on at once.
     ///
     /// # Errors

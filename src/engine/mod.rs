@@ -7,7 +7,8 @@
 //! ```
 //!
 //! What decides is pure and takes the time as an argument: [`lanes`], [`batch`], [`queue`], [`admission`], [`variants`], [`widen`], [`inputs`].
-//! What waits only moves what they decided: [`scheduler`] (one per device), [`generation`] (one per loaded model), [`worker`] (one process).
+//! What waits only moves what they decided: [`scheduler`] (one per device), [`generation`] (one per loaded model), [`worker`] (one process,
+//! asked through `calls`).
 //!
 //! Invariants, each held by a test:
 //! 1. every row runs at most once, and never after its request ended;
@@ -21,6 +22,7 @@
 pub mod admission;
 pub mod backend;
 pub mod batch;
+mod calls;
 pub mod config;
 pub mod error;
 pub mod generation;

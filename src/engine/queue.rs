@@ -14,7 +14,7 @@
 //! What is removed is always handed back, never dropped in here: dropping inputs may run foreign code.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     ops::Range,
     sync::Arc,
     time::Instant,
@@ -413,7 +413,8 @@ impl<R: Request + Clone> Ring<R> {
     /// Who was served goes to the back; what is used up leaves. Returns the bytes of requests that left.
     fn rotate(&mut self, served: Vec<(Client, u64)>) -> usize {
         let mut finished_bytes = 0;
-        let mut clients: Vec<Client> = Vec::new();
+        let mut clients: Vec<Client> = Vec::new(); // in the order of being served
+        let mut known: HashSet<Client> = HashSet::new();
         for (client, request) in served {
             let Some(requests) = self.clients.get_mut(&client) else {
                 continue;
@@ -429,11 +430,11 @@ impl<R: Request + Clone> Ring<R> {
                     requests.push_back(waiting);
                 }
             }
-            if !clients.contains(&client) {
+            if known.insert(client.clone()) {
                 clients.push(client);
             }
         }
-        self.order.retain(|c| !clients.contains(c));
+        self.order.retain(|c| !known.contains(c));
         for client in clients {
             if self.clients.get(&client).is_some_and(|r| !r.is_empty()) {
                 self.order.push_back(client);

@@ -31,6 +31,9 @@ use super::{
 /// Advice for a retry is within these.
 const RETRY: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(5));
 
+/// A full queue is searched for requests that are over at most so often.
+const SEARCH_INTERVAL: Duration = Duration::from_millis(10);
+
 /// See the module.
 pub struct Scheduler {
     config: EngineConfig,
@@ -42,6 +45,8 @@ struct State {
     queue: Queue<Arc<Request>>,
     free: usize,
     costs: HashMap<(u64, u32), CostModel>,
+    /// When the queue was last searched for requests that are over.
+    searched: Option<Instant>,
     /// Rate at which rows left the queue lately, for retry advice.
     micros_per_row: f64,
 }
@@ -60,6 +65,7 @@ impl Scheduler {
                 queue: Queue::new(limits),
                 free: slots.max(1),
                 costs: HashMap::new(),
+                searched: None,
                 micros_per_row: 1000.0,
             }),
         })
@@ -74,9 +80,12 @@ impl Scheduler {
         let mut state = self.lock();
         let mut refused = state.queue.append(waiting);
         let mut dead = Vec::new();
-        if let Err((Full::Now, back)) = refused {
+        let at = now();
+        if matches!(refused, Err((Full::Now, _)))
+            && state.may_search(at)
+            && let Err((_, back)) = refused
+        {
             // Before anyone is turned away, those who left make room.
-            let at = now();
             dead = state.queue.remove_where(|_, request| request.is_over(at));
             refused = state.queue.append(back);
         }
@@ -186,6 +195,17 @@ impl Scheduler {
 }
 
 impl State {
+    /// A full search of a full queue takes a millisecond: under a flood it is not made for each request.
+    fn may_search(&mut self, now: Instant) -> bool {
+        let due = self
+            .searched
+            .is_none_or(|last| now.saturating_duration_since(last) >= SEARCH_INTERVAL);
+        if due {
+            self.searched = Some(now);
+        }
+        due
+    }
+
     fn retry_after(&self) -> Duration {
         let rows: usize = Lane::ALL
             .into_iter()

@@ -17,7 +17,8 @@ use std::{
 use futures::future::BoxFuture;
 use introspectd::{
     engine::{
-        Encoding, Engine, EngineConfig, LoadError, Loaded, ModelHandle, TextInput, TokenizeOptions,
+        Encoding, Engine, EngineConfig, Generation, LoadError, Loaded, ModelHandle, TextInput,
+        TokenizeOptions,
         backend::{
             Backend, BuiltVariant, Fault, Launched, Launcher, Order, Pick, Ran, Refusal, Started,
         },
@@ -344,13 +345,16 @@ pub async fn serve(config: EngineConfig, worker: &Arc<FakeWorker>) -> (Engine, M
 
 /// One more model for an engine.
 pub async fn adopt(engine: &Engine, worker: &Arc<FakeWorker>, name: &str) -> ModelHandle {
+    ModelHandle::new(generation(engine, worker, name).await).0
+}
+
+pub async fn generation(engine: &Engine, worker: &Arc<FakeWorker>, name: &str) -> Arc<Generation> {
     let loaded = Loaded {
         number: 1,
         info: info(name),
         backend: worker.clone(),
     };
-    let generation = engine.adopt(loaded).await.unwrap();
-    ModelHandle::new(generation).0
+    engine.adopt(loaded).await.unwrap()
 }
 
 /// What launching is to do next.
