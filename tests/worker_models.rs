@@ -35,6 +35,17 @@ async fn every_fixture_loads_and_runs_plain_and_exposed_with_equal_outputs() {
             !info.runtime.is_empty() && info.fingerprint.len() == 64,
             "{model}"
         );
+        let failed: Vec<_> = info
+            .certificate
+            .checks
+            .iter()
+            .filter(|c| !c.passed)
+            .collect();
+        assert!(failed.is_empty(), "{model}: {failed:?}");
+        assert!(
+            info.hooks.is_empty() || !info.certificate.checks.is_empty(),
+            "{model}: what is offered was checked"
+        );
         let (rows, length) = (
             info.fixed_batch.unwrap_or(2),
             info.fixed_length.unwrap_or(9),

@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     frame::{self, Inbox},
-    shm::{Segment, SharedPool, Views},
+    shm::{IDLE, Segment, SharedPool, Views},
     socket,
     wire::{Command, Event, Release, Span, command, event},
     worker_side::take_in,
@@ -354,6 +354,8 @@ impl Reader {
             event::Kind::Pong(p) => {
                 self.last_pong.store(p.nonce, Ordering::Relaxed);
                 self.resident.store(p.resident_bytes, Ordering::Relaxed);
+                // The heartbeat is the clock by which idle memory goes back.
+                self.pool.with(|p| p.trim(IDLE));
                 return Ok(());
             }
             event::Kind::Progress(_) => {

@@ -5,6 +5,9 @@
 //! returns to it when the receiver says so. The kernel zeroes fresh pages; a reused segment costs no page faults, which is
 //! what makes one copy per tensor cheap.
 //!
+//! Memory goes back to the system by punching a hole into a segment, not by dropping it: the peer's mapping of it stays valid and holds
+//! nothing.
+//!
 //! The one place of this module tree with `unsafe`.
 #![allow(unsafe_code)]
 
@@ -14,12 +17,14 @@ use std::{
     os::fd::OwnedFd,
     ptr::NonNull,
     sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 use memmap2::MmapRaw;
 use rustix::fs::{
-    MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create,
+    FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, fcntl_get_seals, fstat,
+    ftruncate, memfd_create,
 };
 
 use super::wire::Span;
@@ -28,6 +33,11 @@ use super::wire::Span;
 pub const ALIGN: usize = 64;
 /// Smallest segment.
 const SMALLEST: usize = 64 << 10;
+/// Most segments of one side: each costs both sides a mapping, and its maker a descriptor.
+const MOST_SEGMENTS: usize = 2048;
+
+/// How long an idle segment may hold memory; see [`Pool::trim`].
+pub const IDLE: Duration = Duration::from_secs(10);
 
 /// Rounds up to the alignment of tensors.
 pub fn aligned(bytes: usize) -> usize {
@@ -94,6 +104,9 @@ pub struct Segment {
     mapping: Mapping,
     /// Whether the peer has the descriptor already.
     known: bool,
+    /// Whether it may hold pages: false after a hole as large as itself.
+    filled: bool,
+    used: Instant,
 }
 
 impl Segment {
@@ -130,7 +143,7 @@ impl Segment {
 pub struct Pool {
     budget: usize,
     next: u32,
-    /// Bytes of all segments, idle or out.
+    /// Bytes of all segments that may hold pages, idle or out.
     bytes: usize,
     idle: Vec<Segment>,
     out: HashMap<u32, Segment>,
@@ -150,44 +163,89 @@ impl Pool {
 
     /// A segment of at least `len` bytes: the smallest idle one that fits and is not more than twice too large, or a new one.
     pub fn take(&mut self, len: usize) -> Result<Segment, ShmError> {
-        let class = len.max(SMALLEST).next_power_of_two();
+        let class = len.max(SMALLEST).checked_next_power_of_two();
+        let class = class
+            .filter(|c| *c <= self.budget)
+            .ok_or(ShmError::Exhausted {
+                wanted: len,
+                budget: self.budget,
+            })?;
         let fit = self
             .idle
             .iter()
             .enumerate()
             .filter(|(_, s)| s.len >= class && s.len <= 2 * class)
-            .min_by_key(|(_, s)| s.len)
+            // One that holds pages costs no faults.
+            .min_by_key(|(_, s)| (!s.filled, s.len))
             .map(|(at, _)| at);
-        if let Some(at) = fit {
-            return Ok(self.idle.swap_remove(at));
+        let mut segment = match fit {
+            Some(at) => self.idle.swap_remove(at),
+            None => self.make(class)?,
+        };
+        if !segment.filled {
+            if let Err(e) = self.make_room(segment.len) {
+                self.idle.push(segment);
+                return Err(e);
+            }
+            segment.filled = true;
+            self.bytes += segment.len;
         }
-        while self.bytes + class > self.budget {
-            // Idle segments of other sizes make room.
-            let Some(gone) = self.idle.pop() else {
-                return Err(ShmError::Exhausted {
-                    wanted: class,
-                    budget: self.budget,
-                });
-            };
-            self.bytes -= gone.len;
+        Ok(segment)
+    }
+
+    fn make(&mut self, len: usize) -> Result<Segment, ShmError> {
+        if self.idle.len() + self.out.len() >= MOST_SEGMENTS {
+            return Err(ShmError::Exhausted {
+                wanted: len,
+                budget: self.budget,
+            });
         }
         let fd = memfd_create(
             "introspectd",
             MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
         )?;
-        ftruncate(&fd, class as u64)?;
+        ftruncate(&fd, len as u64)?;
         fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-        let mapping = Mapping::new(&fd, class, true)?;
+        let mapping = Mapping::new(&fd, len, true)?;
         let id = self.next;
         self.next = self.next.wrapping_add(1).max(1);
-        self.bytes += class;
         Ok(Segment {
             id,
-            len: class,
+            len,
             fd,
             mapping,
             known: false,
+            filled: false,
+            used: Instant::now(),
         })
+    }
+
+    /// Empties idle segments until `wanted` bytes more fit the budget, the longest unused first.
+    fn make_room(&mut self, wanted: usize) -> Result<(), ShmError> {
+        self.idle.sort_by_key(|s| s.used);
+        for segment in self.idle.iter_mut().filter(|s| s.filled) {
+            if self.bytes + wanted <= self.budget {
+                break;
+            }
+            empty(segment)?;
+            self.bytes -= segment.len;
+        }
+        if self.bytes + wanted > self.budget {
+            return Err(ShmError::Exhausted {
+                wanted,
+                budget: self.budget,
+            });
+        }
+        Ok(())
+    }
+
+    /// Empties segments that were idle for this long.
+    pub fn trim(&mut self, idle: Duration) {
+        for segment in self.idle.iter_mut().filter(|s| s.filled) {
+            if segment.used.elapsed() >= idle && empty(segment).is_ok() {
+                self.bytes -= segment.len;
+            }
+        }
     }
 
     /// Notes that the peer now reads a segment; gives the descriptor to pass when the peer does not have it yet.
@@ -205,19 +263,28 @@ impl Pool {
     /// The peer gave a segment back.
     pub fn released(&mut self, id: u32) {
         if let Some(segment) = self.out.remove(&id) {
-            self.idle.push(segment);
+            self.give_back(segment);
         }
     }
 
     /// Puts back a segment that was never lent.
-    pub fn give_back(&mut self, segment: Segment) {
+    pub fn give_back(&mut self, mut segment: Segment) {
+        segment.used = Instant::now();
         self.idle.push(segment);
     }
 
-    /// Bytes of all segments, idle or out.
+    /// Bytes of all segments that may hold pages, idle or out.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
+}
+
+/// Gives the pages of a segment back to the system.
+fn empty(segment: &mut Segment) -> Result<(), ShmError> {
+    let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    fallocate(&segment.fd, hole, 0, segment.len as u64)?;
+    segment.filled = false;
+    Ok(())
 }
 
 // ------------------------------------------------------------------------------------------------ reading
@@ -286,6 +353,9 @@ impl Views {
 
     /// Takes in a descriptor that came with a frame.
     pub fn learn(&mut self, id: u32, bytes: u64, fd: &OwnedFd) -> Result<(), ShmError> {
+        if self.mapped.len() >= MOST_SEGMENTS {
+            return Err(ShmError::Protocol("too many segments"));
+        }
         let len = usize::try_from(bytes).map_err(|_| ShmError::Protocol("segment too large"))?;
         let stat = fstat(fd)?;
         let wanted = SealFlags::SHRINK | SealFlags::GROW;
@@ -402,6 +472,41 @@ mod tests {
         held.into_iter().for_each(|s| pool.give_back(s));
         assert!(pool.take(4 * SMALLEST).is_ok());
         assert_eq!(pool.bytes(), 4 * SMALLEST);
+    }
+
+    #[test]
+    fn a_trimmed_segment_holds_nothing_and_serves_again_under_its_old_mapping() {
+        let mut pool = Pool::new(4 * SMALLEST);
+        let mut s = pool.take(SMALLEST).unwrap();
+        s.bytes_mut().fill(7);
+        let (id, spans) = (s.id, [s.span(0, SMALLEST)]);
+        let fd = pool.lend(s).unwrap().unwrap();
+        let (mut views, _) = views();
+        views.learn(id, SMALLEST as u64, &fd).unwrap();
+        let pages = |fd: &OwnedFd| fstat(fd).unwrap().st_blocks;
+        assert!(pages(&fd) > 0);
+        pool.released(id);
+        pool.trim(Duration::from_secs(3600));
+        assert!(pages(&fd) > 0, "it was used a moment ago");
+        pool.trim(Duration::ZERO);
+        assert_eq!((pages(&fd), pool.bytes()), (0, 0));
+        let mut again = pool.take(SMALLEST).unwrap();
+        assert_eq!(again.id, id);
+        again.bytes_mut()[0] = 9;
+        let seen = views.borrow(&spans).unwrap();
+        assert_eq!(
+            seen[0][..2],
+            [9, 0],
+            "the peer's mapping is the same memory"
+        );
+    }
+
+    #[test]
+    fn a_length_beyond_all_memory_is_refused() {
+        let mut pool = Pool::new(1 << 20);
+        for len in [(1 << 20) + 1, usize::MAX] {
+            assert!(matches!(pool.take(len), Err(ShmError::Exhausted { .. })));
+        }
     }
 
     #[test]

@@ -11,7 +11,7 @@ use bytes::Bytes;
 
 use super::{
     frame::{self, Inbox},
-    shm::{Segment, SharedPool, Views},
+    shm::{IDLE, Segment, SharedPool, Views},
     socket,
     wire::{Command, Event, Release, Span, command, event},
 };
@@ -102,6 +102,10 @@ impl Receiver {
             match next.and_then(|c| c.kind) {
                 Some(command::Kind::Release(r)) => self.pool.with(|p| p.released(r.segment)),
                 Some(kind) => {
+                    if matches!(kind, command::Kind::Ping(_)) {
+                        // The heartbeat is the clock by which idle memory goes back.
+                        self.pool.with(|p| p.trim(IDLE));
+                    }
                     let views = self.tensors(&kind)?;
                     return Ok(Some((kind, views)));
                 }
@@ -144,6 +148,9 @@ pub(super) fn take_in(
                 .learn(span.segment, span.segment_bytes, &fd)
                 .map_err(io::Error::other)?;
         }
+    }
+    if fds.len() > socket::MAX_FDS {
+        return Err(io::Error::other("descriptors came that no frame names"));
     }
     views.borrow(spans).map_err(io::Error::other)
 }

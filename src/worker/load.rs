@@ -2,13 +2,14 @@
 
 use std::{
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::Instant,
 };
 
 use ort::session::{RunOptions, Session};
 
 use super::{
+    certificate,
     config::ModelConfig,
     limits,
     run::RunLimit,
@@ -19,10 +20,10 @@ use super::{
     weights::SharedWeights,
 };
 use crate::{
-    anatomy::{self, Anatomy, Trace, Trials},
+    anatomy::{self, Anatomy, Trace, TrialPlan, Trials},
     ipc::{
         info::{
-            Certificate, HookInfo, InputInfo, InputRole, LoadStage, ModelInfo, TokenizerInfo,
+            Certificate, HookInfo, InputInfo, LoadStage, Missing, ModelInfo, TokenizerInfo,
             ValueInfo,
         },
         spec::{LoadOptions, Plan, VariantSpec},
@@ -79,6 +80,8 @@ pub(super) struct Loaded {
     /// Unfused: what rewrites start from.
     normal: Model,
     anatomy: Anatomy,
+    /// The plain session that the load built, until a plain variant takes it.
+    spare: Mutex<Option<Session>>,
 }
 
 /// Times the stages of a load and tells them.
@@ -144,13 +147,28 @@ impl Loaded {
         };
         let normal = plain.clone();
         // The plain session is built once here: a model that the runtime refuses must not load.
-        let _plain_session = clock
+        let mut plain_session = clock
             .stage("session", || bench.session(&plain, Effort::Full))
             .map_err(|why| LoadError::bad(format!("ONNX Runtime refuses the model: {why}")))?;
         let trace = clock.stage("trace", || anatomy::trace(&normal));
-        let trials = clock.stage("trials", || observe(&bench, &normal, &trace))?;
-        let anatomy = clock.stage("anatomy", || anatomy::read(&normal, &trace, &trials));
+        // A model that no trial fits still serves plain predicts: its anatomy is then read from nothing, and says so.
+        let (trials, unseen) = clock.stage("trials", || observe(&bench, &normal, &trace));
+        let mut anatomy = clock.stage("anatomy", || anatomy::read(&normal, &trace, &trials));
         let mut notes: Vec<String> = anatomy.notes.clone();
+        if let Some(reason) = unseen {
+            anatomy.hooks.clear();
+            anatomy.missing = vec![Missing {
+                hook: "*".to_owned(),
+                reason,
+            }];
+        }
+        let checks = clock.stage("certificate", || {
+            if options.certify {
+                certificate::check(&bench, &normal, &anatomy, &trials, &mut plain_session)
+            } else {
+                Vec::new()
+            }
+        });
         let divisions = plain.graph.integer_divisions().len();
         if divisions > 0 {
             notes.push(format!(
@@ -178,7 +196,7 @@ impl Loaded {
             config,
             tokenizer: tokenizer.as_ref().map(Tokenizer::info),
             max_tokens,
-            certificate: Certificate::default(),
+            certificate: Certificate { checks },
             notes,
             runtime: bench.runtime.version.clone(),
             options,
@@ -192,6 +210,7 @@ impl Loaded {
             plain,
             normal,
             anatomy,
+            spare: Mutex::new(Some(plain_session)),
         })
     }
 
@@ -223,13 +242,16 @@ impl Loaded {
                 (made.model, outputs)
             }
         };
-        let session = self
-            .bench
-            .session(&model, Effort::Full)
-            .map_err(|message| LoadError {
-                kind: Failure::Runtime,
-                message: format!("the variant could not be built: {message}"),
-            })?;
+        let session = match self.take_spare(spec.plan) {
+            Some(built) => built,
+            None => self
+                .bench
+                .session(&model, Effort::Full)
+                .map_err(|message| LoadError {
+                    kind: Failure::Runtime,
+                    message: format!("the variant could not be built: {message}"),
+                })?,
+        };
         // The session's order is the truth.
         let order = |name: &str| session.outputs().iter().position(|o| o.name() == name);
         outputs.retain(|o| order(&o.name).is_some());
@@ -240,6 +262,17 @@ impl Loaded {
             weights: self.bench.weights.clone(),
             limit: self.limit,
         })
+    }
+
+    fn take_spare(&self, plan: Plan) -> Option<Session> {
+        match plan {
+            Plan::Plain => self
+                .spare
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .take(),
+            Plan::Rewritten => None,
+        }
     }
 
     /// The graph that rewrites start from, as text.
@@ -288,23 +321,37 @@ fn model_file(path: &Path) -> Result<(PathBuf, String), LoadError> {
     }
 }
 
-/// Runs the trials of the first plan that the model accepts.
-fn observe(bench: &Bench, model: &Model, trace: &Trace) -> Result<Trials, LoadError> {
-    let observed =
-        rewrite::observe(model, &trace.observe).map_err(|e| LoadError::bad(e.to_string()))?;
-    let mut session = bench
-        .session(&observed.model, Effort::Little)
-        .map_err(|why| LoadError::bad(format!("ONNX Runtime refuses the model: {why}")))?;
-    let mut last = String::from("no trial input could be made");
+/// Runs the trials of the first plan that the model accepts. With none, empty trials and the reason.
+fn observe(bench: &Bench, model: &Model, trace: &Trace) -> (Trials, Option<String>) {
+    let nothing = || Trials::new(TrialPlan { runs: Vec::new() });
+    let session = rewrite::observe(model, &trace.observe)
+        .map_err(|e| e.to_string())
+        .and_then(|observed| {
+            let session = bench.session(&observed.model, Effort::Little)?;
+            Ok((session, observed.outputs))
+        });
+    let (mut session, outputs) = match session {
+        Ok(made) => made,
+        Err(why) => {
+            return (
+                nothing(),
+                Some(format!("its inner values cannot be shown: {why}")),
+            );
+        }
+    };
+    let mut last = String::from("no input could be made");
     for plan in anatomy::trial_plans(trace) {
-        match trial(&mut session, &observed.outputs, plan) {
-            Ok(trials) => return Ok(trials),
+        match trial(&mut session, &outputs, plan) {
+            Ok(trials) => return (trials, None),
             Err(why) => last = why,
         }
     }
-    Err(LoadError::bad(format!(
-        "the model runs on none of the trial inputs: {last}"
-    )))
+    (
+        nothing(),
+        Some(format!(
+            "the model runs on none of the trial inputs: {last}"
+        )),
+    )
 }
 
 fn trial(
@@ -312,7 +359,7 @@ fn trial(
     outputs: &[(String, crate::onnx::ValueId)],
     plan: anatomy::TrialPlan,
 ) -> Result<Trials, String> {
-    let options = Arc::new(RunOptions::new().map_err(|e| e.to_string())?);
+    let options = RunOptions::new().map_err(|e| e.to_string())?;
     let mut trials = Trials::new(plan);
     for at in 0..trials.runs() {
         let made = run(session, &trials.plan.runs[at].inputs.clone(), &options)?;
@@ -340,13 +387,6 @@ struct Description<'a> {
 
 fn describe(d: Description<'_>) -> ModelInfo {
     let Description { plain, anatomy, .. } = d;
-    let fixed = |role: &[InputRole], axis: usize| {
-        let input = anatomy.inputs.iter().find(|i| role.contains(&i.role))?;
-        match input.dims.get(axis)? {
-            Dim::Fixed(n) => usize::try_from(*n).ok(),
-            Dim::Named(_) | Dim::Unknown => None,
-        }
-    };
     ModelInfo {
         name: String::new(),
         fingerprint: plain
@@ -412,8 +452,8 @@ fn describe(d: Description<'_>) -> ModelInfo {
         certificate: d.certificate,
         tokenizer: d.tokenizer,
         pads: anatomy.pads,
-        fixed_batch: fixed(&[InputRole::TokenIds, InputRole::Pixels], 0),
-        fixed_length: fixed(&[InputRole::TokenIds], 1),
+        fixed_batch: anatomy.fixed_batch,
+        fixed_length: anatomy.fixed_length,
         max_tokens: d.max_tokens,
         producer: plain.producer.clone(),
         opset: plain.opset(),

@@ -12,6 +12,7 @@
 //!
 //! Threads share the socket by [`crate::ipc::worker_side::Sender`]; an answer carries the id of its command.
 
+mod certificate;
 mod config;
 mod json;
 mod limits;

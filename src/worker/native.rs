@@ -59,6 +59,22 @@ pub(super) fn die_by_signals() {
     }
 }
 
+/// Gives the memory of mapped file pages back to the system; they are read again from the file when somebody looks.
+///
+/// `bytes` must be part of a mapped file, as a weight with an origin is: other memory would come back as zeros.
+pub(super) fn give_pages_back(bytes: &[u8]) {
+    let page = rustix::param::page_size();
+    let skip = bytes.as_ptr().align_offset(page);
+    let whole = bytes.len().saturating_sub(skip) / page * page;
+    if whole == 0 {
+        return;
+    }
+    let start = bytes[skip..].as_ptr().cast_mut().cast::<c_void>();
+    // SAFETY: the range is inside `bytes`. The mapping is private, read-only and never written, so dropping its pages loses nothing.
+    // Failing is harmless: the pages then stay.
+    let _ = unsafe { rustix::mm::madvise(start, whole, rustix::mm::Advice::LinuxDontNeed) };
+}
+
 /// A tensor that ONNX Runtime reads in place.
 ///
 /// Fields drop in order: the handle, then the bytes behind it. Who hands [`Lent::value`] to a session must keep the

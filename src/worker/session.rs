@@ -60,7 +60,7 @@ impl Bench {
 pub(super) fn run(
     session: &mut Session,
     inputs: &[(String, Tensor)],
-    options: &Arc<RunOptions>,
+    options: &RunOptions,
 ) -> Result<Vec<(String, Tensor)>, String> {
     let values = inputs
         .iter()

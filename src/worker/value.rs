@@ -10,13 +10,18 @@ use crate::tensor::{DType, Tensor};
 /// A tensor of the runtime over our bytes; over an aligned copy of them where they are not aligned.
 pub(super) fn input(tensor: &Tensor) -> Result<Lent, String> {
     let bytes = tensor.bytes();
-    let aligned = bytes.as_ptr().addr().is_multiple_of(tensor.dtype().size());
-    let bytes = if aligned {
+    let bytes = if is_aligned(tensor) {
         bytes.clone()
     } else {
         aligned_copy(bytes)
     };
     Lent::new(tensor.dtype(), tensor.shape(), bytes).map_err(|e| e.message().to_owned())
+}
+
+/// Whether the elements stand at multiples of their size.
+pub(super) fn is_aligned(tensor: &Tensor) -> bool {
+    let size = tensor.dtype().size();
+    tensor.bytes().as_ptr().addr().is_multiple_of(size)
 }
 
 /// A copy that is aligned for every element type.

@@ -9,7 +9,10 @@ use std::{collections::HashMap, sync::Arc};
 
 use ort::{session::builder::PrepackedWeights, value::DynValue};
 
-use super::{native::Lent, value};
+use super::{
+    native::{self, Lent},
+    value,
+};
 use crate::onnx::{Graph, Weights as Encoding};
 
 /// Smallest weight that is worth sharing; smaller ones are copied into each graph.
@@ -33,6 +36,9 @@ impl SharedWeights {
         for (name, weight) in graph.initializers() {
             if let Some(tensor) = weight.tensor().filter(|_| ENCODING.refers(weight)) {
                 lent.insert(name.to_owned(), value::input(&tensor)?);
+                if !value::is_aligned(&tensor) {
+                    native::give_pages_back(tensor.bytes());
+                }
             }
         }
         Ok(Self {

@@ -1,0 +1,87 @@
+//! The parity certificate: what the anatomy verified on the trials, and that exposing changes nothing.
+//!
+//! A check that fails is reported and does not fail the load. Hook points that fail theirs were withdrawn by the anatomy already.
+
+use std::collections::BTreeSet;
+
+use ort::session::{RunOptions, Session};
+
+use super::session::{Bench, Effort, run};
+use crate::{
+    anatomy::{
+        Anatomy, Trials,
+        certificate::{LOGITS, same_logits, within},
+    },
+    ipc::info::Check,
+    onnx::Model,
+    rewrite::{self, Exposure},
+    tensor::Tensor,
+};
+
+/// All checks. `plain` is the session of the file as it is, `normal` the model that rewrites start from.
+pub(super) fn check(
+    bench: &Bench,
+    normal: &Model,
+    anatomy: &Anatomy,
+    trials: &Trials,
+    plain: &mut Session,
+) -> Vec<Check> {
+    let mut checks = anatomy.checks.clone();
+    let Some(seen) = trials.plan.runs.get(Trials::TWINS) else {
+        return checks;
+    };
+    if anatomy.hooks.is_empty() {
+        return checks;
+    }
+    match exposed(bench, normal, anatomy, &seen.inputs, plain) {
+        Ok(pairs) => checks.extend(
+            pairs
+                .iter()
+                .map(|(name, shown, wanted)| same_logits(shown, wanted, name)),
+        ),
+        Err(why) => {
+            tracing::warn!(why, "the variant with every hook point does not run");
+            checks.push(within(
+                LOGITS,
+                f64::INFINITY,
+                0.0,
+                "Exact",
+                "every hook point at once",
+            ));
+        }
+    }
+    checks
+}
+
+/// Each output of the file: its name, what the variant with every hook point gives, and what the file gives.
+fn exposed(
+    bench: &Bench,
+    normal: &Model,
+    anatomy: &Anatomy,
+    inputs: &[(String, Tensor)],
+    plain: &mut Session,
+) -> Result<Vec<(String, Tensor, Tensor)>, String> {
+    let everything = Exposure {
+        hooks: anatomy
+            .hooks
+            .iter()
+            .map(|h| h.name.clone())
+            .collect::<BTreeSet<_>>(),
+        keep_outputs: true,
+    };
+    let made = rewrite::expose(normal, anatomy, &everything).map_err(|e| e.to_string())?;
+    let mut session = bench.session(&made.model, Effort::Full)?;
+    let options = RunOptions::new().map_err(|e| e.message().to_owned())?;
+    let shown = run(&mut session, inputs, &options)?;
+    let wanted = run(plain, inputs, &options)?;
+    Ok(wanted
+        .into_iter()
+        .filter_map(|(name, wanted)| {
+            let (_, shown) = shown.iter().find(|(n, _)| *n == name)?;
+            wanted
+                .dtype()
+                .is_float()
+                .then(|| (name, shown.clone(), wanted))
+        })
+        .collect())
+}
