@@ -88,7 +88,7 @@ pub struct Rejected {
 }
 
 /// Every softmax on the way to the output.
-pub fn softmaxes(flow: &Flow<'_>) -> Vec<Softmax> {
+pub(super) fn softmaxes(flow: &Flow<'_>) -> Vec<Softmax> {
     flow.graph()
         .nodes()
         .filter_map(|(id, node)| softmax(flow, id, node))
@@ -128,7 +128,7 @@ fn softmax(flow: &Flow<'_>, id: NodeId, node: &Node) -> Option<Softmax> {
 }
 
 /// What this softmax is, if it is attention.
-pub fn attention(flow: &Flow<'_>, softmax: Softmax) -> Result<AttentionTrace, String> {
+pub(super) fn attention(flow: &Flow<'_>, softmax: Softmax) -> Result<AttentionTrace, String> {
     let (pattern, product) = towards_values(flow, softmax)?;
     let node = flow.graph().node(product);
     let operand = *pattern
@@ -225,7 +225,7 @@ fn may_follow(flow: &Flow<'_>, node: &Node) -> bool {
 }
 
 /// The value and its dominators up to the projection that made it, nearest first.
-pub fn origins(flow: &Flow<'_>, value: ValueId) -> Vec<ValueId> {
+pub(super) fn origins(flow: &Flow<'_>, value: ValueId) -> Vec<ValueId> {
     let mut chain = vec![value];
     let mut at = value;
     while let Some(up) = flow.dominator(at) {
@@ -262,7 +262,7 @@ fn operand_origins(flow: &Flow<'_>, value: ValueId) -> Vec<ValueId> {
 }
 
 /// Nodes on the ways from `from` to `to`, which it dominates.
-pub fn between(flow: &Flow<'_>, from: ValueId, to: ValueId) -> Vec<NodeId> {
+pub(super) fn between(flow: &Flow<'_>, from: ValueId, to: ValueId) -> Vec<NodeId> {
     let mut nodes = Vec::new();
     let mut seen = std::collections::HashSet::from([to]);
     let mut open = vec![to];
@@ -281,7 +281,7 @@ pub fn between(flow: &Flow<'_>, from: ValueId, to: ValueId) -> Vec<NodeId> {
 }
 
 /// A value and the same elements under other axes further on.
-pub fn relayouts(flow: &Flow<'_>, value: ValueId) -> Vec<ValueId> {
+pub(super) fn relayouts(flow: &Flow<'_>, value: ValueId) -> Vec<ValueId> {
     let mut found = vec![value];
     let mut at = value;
     'on: for _ in 0..MAX_STEPS {

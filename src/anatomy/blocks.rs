@@ -36,7 +36,7 @@ pub struct Block {
 }
 
 /// Every residual block on the way to the output, in order; those inside a branch of another are left out.
-pub fn blocks(flow: &Flow<'_>, attentions: &[AttentionTrace]) -> Vec<Block> {
+pub(super) fn blocks(flow: &Flow<'_>, attentions: &[AttentionTrace]) -> Vec<Block> {
     let mut found: Vec<Block> = flow
         .graph()
         .nodes()
@@ -166,7 +166,7 @@ fn unnest(flow: &Flow<'_>, found: Vec<Block>, attentions: &[AttentionTrace]) -> 
 }
 
 /// Whether an attention lies within a branch of the block.
-pub fn holds(flow: &Flow<'_>, block: &Block, attention: &AttentionTrace) -> bool {
+pub(super) fn holds(flow: &Flow<'_>, block: &Block, attention: &AttentionTrace) -> bool {
     attention.z.first().is_some_and(|z| {
         flow.dominates(block.start, *z)
             && block.branches.iter().any(|b| flow.post_dominates(*b, *z))

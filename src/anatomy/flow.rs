@@ -9,7 +9,7 @@
 use crate::onnx::{Graph, Node, NodeId, ValueId};
 
 /// Data flow of one graph between a start value and an output value.
-pub struct Flow<'g> {
+pub(super) struct Flow<'g> {
     graph: &'g Graph,
     start: ValueId,
     output: ValueId,
@@ -72,7 +72,7 @@ fn carries_no_data(node: &Node) -> bool {
 
 impl<'g> Flow<'g> {
     /// The flow from `start` to `output`; nothing when no data flows there.
-    pub fn new(graph: &'g Graph, start: ValueId, output: ValueId) -> Option<Self> {
+    pub(super) fn new(graph: &'g Graph, start: ValueId, output: ValueId) -> Option<Self> {
         let values = graph.values().map(|v| v.index() + 1).max().unwrap_or(0);
         let mut order = vec![0; values];
         let mut live = vec![false; values];
@@ -113,17 +113,17 @@ impl<'g> Flow<'g> {
     }
 
     /// Where the flow begins.
-    pub fn start(&self) -> ValueId {
+    pub(super) fn start(&self) -> ValueId {
         self.start
     }
 
     /// Where the flow ends.
-    pub fn output(&self) -> ValueId {
+    pub(super) fn output(&self) -> ValueId {
         self.output
     }
 
     /// How many values lie on the way.
-    pub fn size(&self) -> usize {
+    pub(super) fn size(&self) -> usize {
         self.live
             .iter()
             .zip(&self.towards)
@@ -133,27 +133,27 @@ impl<'g> Flow<'g> {
 
     /// Whether a value that data of the start does not reach depends on data all the same: on another lookup or
     /// floating-point input.
-    pub fn foreign(&self, value: ValueId) -> bool {
+    pub(super) fn foreign(&self, value: ValueId) -> bool {
         !self.live(value) && self.foreign[value.index()]
     }
 
     /// The graph underneath.
-    pub fn graph(&self) -> &'g Graph {
+    pub(super) fn graph(&self) -> &'g Graph {
         self.graph
     }
 
     /// Whether data of the start reaches this value.
-    pub fn live(&self, value: ValueId) -> bool {
+    pub(super) fn live(&self, value: ValueId) -> bool {
         self.live[value.index()]
     }
 
     /// Whether the value lies on a way from start to output.
-    pub fn on_path(&self, value: ValueId) -> bool {
+    pub(super) fn on_path(&self, value: ValueId) -> bool {
         self.live[value.index()] && self.towards[value.index()]
     }
 
     /// The node that makes a live value, when it is not the start itself.
-    pub fn maker(&self, value: ValueId) -> Option<(NodeId, &'g Node)> {
+    pub(super) fn maker(&self, value: ValueId) -> Option<(NodeId, &'g Node)> {
         if value == self.start || !self.live(value) {
             return None;
         }
@@ -162,7 +162,7 @@ impl<'g> Flow<'g> {
     }
 
     /// The live inputs of a node, in order.
-    pub fn live_inputs(&self, node: &Node) -> Vec<ValueId> {
+    pub(super) fn live_inputs(&self, node: &Node) -> Vec<ValueId> {
         if carries_no_data(node) {
             return Vec::new();
         }
@@ -170,7 +170,7 @@ impl<'g> Flow<'g> {
     }
 
     /// The live inputs of a node without repetition.
-    pub fn sources(&self, node: &Node) -> Vec<ValueId> {
+    pub(super) fn sources(&self, node: &Node) -> Vec<ValueId> {
         let mut inputs = self.live_inputs(node);
         let mut seen = std::collections::HashSet::new();
         inputs.retain(|v| seen.insert(*v));
@@ -178,7 +178,10 @@ impl<'g> Flow<'g> {
     }
 
     /// Consumers of a value that pass data on towards the output.
-    pub fn consumers(&self, value: ValueId) -> impl Iterator<Item = (NodeId, &'g Node)> + '_ {
+    pub(super) fn consumers(
+        &self,
+        value: ValueId,
+    ) -> impl Iterator<Item = (NodeId, &'g Node)> + '_ {
         let graph = self.graph;
         let mut seen = std::collections::HashSet::new();
         graph
@@ -193,37 +196,37 @@ impl<'g> Flow<'g> {
     }
 
     /// Position of a value in topological order; inputs and initializers are 0.
-    pub fn order(&self, value: ValueId) -> u32 {
+    pub(super) fn order(&self, value: ValueId) -> u32 {
         self.order[value.index()]
     }
 
     /// Whether every path from the start to `b` passes `a` (a value dominates itself).
-    pub fn dominates(&self, a: ValueId, b: ValueId) -> bool {
+    pub(super) fn dominates(&self, a: ValueId, b: ValueId) -> bool {
         self.live(a) && self.live(b) && self.dominators.is_ancestor(a, b)
     }
 
     /// Whether every path from `b` to the output passes `a`.
-    pub fn post_dominates(&self, a: ValueId, b: ValueId) -> bool {
+    pub(super) fn post_dominates(&self, a: ValueId, b: ValueId) -> bool {
         self.on_path(a) && self.on_path(b) && self.post_dominators.is_ancestor(a, b)
     }
 
     /// The nearest value that dominates this one.
-    pub fn dominator(&self, value: ValueId) -> Option<ValueId> {
+    pub(super) fn dominator(&self, value: ValueId) -> Option<ValueId> {
         self.dominators.parent[value.index()]
     }
 
     /// The nearest value that post-dominates this one.
-    pub fn post_dominator(&self, value: ValueId) -> Option<ValueId> {
+    pub(super) fn post_dominator(&self, value: ValueId) -> Option<ValueId> {
         self.post_dominators.parent[value.index()]
     }
 
     /// The dominators of the output, start first: the spine of the model.
-    pub fn chain(&self) -> Vec<ValueId> {
+    pub(super) fn chain(&self) -> Vec<ValueId> {
         self.chain_to(self.output)
     }
 
     /// The dominators of a live value, start first, the value itself last.
-    pub fn chain_to(&self, value: ValueId) -> Vec<ValueId> {
+    pub(super) fn chain_to(&self, value: ValueId) -> Vec<ValueId> {
         let mut chain = vec![value];
         let mut at = value;
         while let Some(up) = self.dominator(at) {
@@ -235,7 +238,7 @@ impl<'g> Flow<'g> {
     }
 
     /// Whether data of `a` reaches `b`.
-    pub fn reaches(&self, a: ValueId, b: ValueId) -> bool {
+    pub(super) fn reaches(&self, a: ValueId, b: ValueId) -> bool {
         if self.dominates(a, b) {
             return true;
         }

@@ -147,7 +147,7 @@ impl Anatomy {
 }
 
 /// The canonical name behind a short form such as `resid_post.10`.
-pub fn expand(name: &str) -> Option<String> {
+pub(super) fn expand(name: &str) -> Option<String> {
     let (short, layer) = name.rsplit_once('.')?;
     let layer: usize = layer.parse().ok()?;
     let short = short.strip_prefix("hook_").unwrap_or(short);

@@ -53,7 +53,7 @@ struct Part {
 }
 
 /// Layers, and the attentions that belong to none of them.
-pub fn layers(
+pub(super) fn layers(
     flow: &Flow<'_>,
     blocks: &[Block],
     attentions: &[AttentionTrace],

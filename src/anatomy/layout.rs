@@ -101,11 +101,11 @@ fn reshaped(shape: &[usize], extents: &[Extent], batch: usize) -> Option<Vec<usi
 
 /// One canonical axis as the trials saw it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Target {
+pub(super) struct Target {
     /// Extent in each trial.
-    pub extents: Vec<usize>,
+    pub(super) extents: Vec<usize>,
     /// Whether this is the batch axis.
-    pub batch: bool,
+    pub(super) batch: bool,
 }
 
 impl Target {
@@ -120,7 +120,7 @@ impl Target {
 }
 
 /// Every layout that leads from raw shapes (one per trial) to the targets in their order, plainest first.
-pub fn layouts(shapes: &[&[usize]], targets: &[Target]) -> Vec<Layout> {
+pub(super) fn layouts(shapes: &[&[usize]], targets: &[Target]) -> Vec<Layout> {
     let found = exact(shapes, targets);
     if !found.is_empty() {
         return found;

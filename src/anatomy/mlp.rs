@@ -33,7 +33,7 @@ pub struct MlpTrace {
 }
 
 /// The perceptron between `start` and the branch that ends in `out`.
-pub fn mlp(flow: &Flow<'_>, start: ValueId, out: ValueId) -> Result<MlpTrace, String> {
+pub(super) fn mlp(flow: &Flow<'_>, start: ValueId, out: ValueId) -> Result<MlpTrace, String> {
     let down = down(flow, out)?;
     let input = data_input(flow, down).ok_or("its last product reads no data")?;
     let post = walk_back(flow, input, is_layout);

@@ -17,7 +17,7 @@ fn contributed(node: &Node, ops: &[&str]) -> bool {
 }
 
 /// The values stay what they are, up to rounding: other dtype, or nothing at all.
-pub fn is_pass(node: &Node) -> bool {
+pub(super) fn is_pass(node: &Node) -> bool {
     named(
         node,
         &[
@@ -33,7 +33,7 @@ pub fn is_pass(node: &Node) -> bool {
 }
 
 /// The same elements under other axes.
-pub fn is_layout(node: &Node) -> bool {
+pub(super) fn is_layout(node: &Node) -> bool {
     is_pass(node)
         || named(
             node,
@@ -42,7 +42,7 @@ pub fn is_layout(node: &Node) -> bool {
 }
 
 /// Some of the elements, or some of them several times.
-pub fn is_copy(node: &Node) -> bool {
+pub(super) fn is_copy(node: &Node) -> bool {
     is_layout(node)
         || named(
             node,
@@ -53,7 +53,7 @@ pub fn is_copy(node: &Node) -> bool {
 }
 
 /// A product of two tensors that sums over an axis.
-pub fn is_product(node: &Node) -> bool {
+pub(super) fn is_product(node: &Node) -> bool {
     named(
         node,
         &[
@@ -81,7 +81,7 @@ pub fn is_product(node: &Node) -> bool {
 }
 
 /// Functions of one value that bend it: what makes a perceptron more than a matrix.
-pub fn is_activation(node: &Node) -> bool {
+pub(super) fn is_activation(node: &Node) -> bool {
     named(
         node,
         &[
@@ -110,7 +110,7 @@ pub fn is_activation(node: &Node) -> bool {
 }
 
 /// `x * c`, `x / c` or `-x` with nothing else live.
-pub fn is_scale(flow: &Flow<'_>, node: &Node) -> bool {
+pub(super) fn is_scale(flow: &Flow<'_>, node: &Node) -> bool {
     (named(node, &["Mul"]) && flow.live_inputs(node).len() == 1)
         || (named(node, &["Div"])
             && flow.live_inputs(node).len() == 1
@@ -124,12 +124,12 @@ pub fn is_scale(flow: &Flow<'_>, node: &Node) -> bool {
 }
 
 /// `x + c` or `x - c` with nothing else live.
-pub fn is_shift(flow: &Flow<'_>, node: &Node) -> bool {
+pub(super) fn is_shift(flow: &Flow<'_>, node: &Node) -> bool {
     named(node, &["Add", "Sub"]) && flow.live_inputs(node).len() == 1
 }
 
 /// A product of live data with something that is not: weights.
-pub fn is_projection(flow: &Flow<'_>, node: &Node) -> bool {
+pub(super) fn is_projection(flow: &Flow<'_>, node: &Node) -> bool {
     is_product(node) && flow.sources(node).len() == 1 && !product_of_itself(flow, node)
 }
 
@@ -144,7 +144,7 @@ fn product_of_itself(flow: &Flow<'_>, node: &Node) -> bool {
 }
 
 /// The two live operands of a product of live data with live data, left one first.
-pub fn live_product(flow: &Flow<'_>, node: &Node) -> Option<(ValueId, ValueId)> {
+pub(super) fn live_product(flow: &Flow<'_>, node: &Node) -> Option<(ValueId, ValueId)> {
     if !named(node, &["MatMul", "Einsum", "Gemm"]) && !contributed(node, &["FusedMatMul"]) {
         return None;
     }
@@ -155,7 +155,7 @@ pub fn live_product(flow: &Flow<'_>, node: &Node) -> Option<(ValueId, ValueId)> 
 }
 
 /// The only live input of a node, if it has just one.
-pub fn only_source(flow: &Flow<'_>, node: &Node) -> Option<ValueId> {
+pub(super) fn only_source(flow: &Flow<'_>, node: &Node) -> Option<ValueId> {
     match flow.sources(node)[..] {
         [only] => Some(only),
         _ => None,
@@ -164,7 +164,11 @@ pub fn only_source(flow: &Flow<'_>, node: &Node) -> Option<ValueId> {
 
 /// Walks from a value towards its origin while `step` accepts the maker and one live input leads on; the value itself
 /// comes first.
-pub fn walk_back(flow: &Flow<'_>, value: ValueId, step: impl Fn(&Node) -> bool) -> Vec<ValueId> {
+pub(super) fn walk_back(
+    flow: &Flow<'_>,
+    value: ValueId,
+    step: impl Fn(&Node) -> bool,
+) -> Vec<ValueId> {
     let mut walked = vec![value];
     let mut at = value;
     while let Some((_, node)) = flow.maker(at)
@@ -178,7 +182,7 @@ pub fn walk_back(flow: &Flow<'_>, value: ValueId, step: impl Fn(&Node) -> bool) 
 }
 
 /// A product or sum with a vector: the weight or bias of a norm, and not a scale of everything.
-pub fn is_vector_step(graph: &Graph, node: &Node) -> bool {
+pub(super) fn is_vector_step(graph: &Graph, node: &Node) -> bool {
     named(node, &["Mul", "Add", "Sub", "Div"])
         && !node
             .inputs

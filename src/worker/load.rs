@@ -284,23 +284,15 @@ fn model_file(path: &Path) -> Result<String, LoadError> {
     }
 }
 
-/// Runs the trials of the first plan that the model accepts.
+/// Runs the trials.
 fn observe(bench: &Bench, model: &Model, trace: &Trace) -> Result<Trials, LoadError> {
     let observed =
         rewrite::observe(model, &trace.observe).map_err(|e| LoadError::bad(e.to_string()))?;
     let mut session = bench
         .session(&observed.model, Effort::Little)
         .map_err(|why| LoadError::bad(format!("ONNX Runtime refuses the model: {why}")))?;
-    let mut last = String::from("no trial input could be made");
-    for plan in anatomy::trial_plans(trace) {
-        match trial(&mut session, &observed.outputs, plan) {
-            Ok(trials) => return Ok(trials),
-            Err(why) => last = why,
-        }
-    }
-    Err(LoadError::bad(format!(
-        "the model runs on none of the trial inputs: {last}"
-    )))
+    anatomy::measure(trace, |plan| trial(&mut session, &observed.outputs, plan))
+        .map_err(|why| LoadError::bad(format!("the model runs on none of the trial inputs: {why}")))
 }
 
 fn trial(

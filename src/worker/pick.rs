@@ -241,7 +241,14 @@ mod tests {
         let cut = Cut::plan(pick, axes, shape, shape[0]).unwrap();
         let mut to = vec![0u8; cut.elements() * 4];
         cut.copy(bytemuck::cast_slice(&from), shape, 4, &mut to);
-        (cut.shape, to.as_chunks::<4>().0.iter().map(|c| f32::from_le_bytes(*c)).collect())
+        (
+            cut.shape,
+            to.as_chunks::<4>()
+                .0
+                .iter()
+                .map(|c| f32::from_le_bytes(*c))
+                .collect(),
+        )
     }
 
     proptest! {

@@ -43,8 +43,6 @@ pub(super) struct AttentionRead {
     pub(super) d_head: Option<usize>,
     /// Positions that ask, in every run.
     pub(super) queries: Vec<usize>,
-    /// Positions that are asked.
-    pub(super) keys: Vec<usize>,
     /// Rows of the attention are windows, not rows of the batch.
     pub(super) windowed: bool,
     /// Nothing looks ahead, in any run.
@@ -95,7 +93,6 @@ pub(super) fn read_attention(lab: &Lab<'_>, a: &AttentionTrace) -> Result<Attent
         kv_heads: v_heads,
         d_head,
         queries: frame.queries,
-        keys: frame.keys,
         windowed: frame.windowed,
         causal,
         row_sum_error,
@@ -115,7 +112,6 @@ struct Frame {
     keys: Vec<usize>,
     windowed: bool,
     pattern: Placed,
-    operand: ValueId,
     value: ValueId,
     output: ValueId,
 }
@@ -186,7 +182,6 @@ impl Frame {
             keys,
             windowed,
             pattern,
-            operand,
             value,
             output,
         })

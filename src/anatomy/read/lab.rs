@@ -43,11 +43,6 @@ impl Placed {
             })
             .collect()
     }
-
-    /// Extents of an axis in every run.
-    pub(super) fn extents(&self, axis: usize) -> Vec<usize> {
-        self.runs.iter().map(|r| r.shape()[axis]).collect()
-    }
 }
 
 /// What was measured of one model.
