@@ -101,11 +101,11 @@ fn reshaped(shape: &[usize], extents: &[Extent], batch: usize) -> Option<Vec<usi
 
 /// One canonical axis as the trials saw it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Target {
+pub(super) struct Target {
     /// Extent in each trial.
-    pub extents: Vec<usize>,
+    pub(super) extents: Vec<usize>,
     /// Whether this is the batch axis.
-    pub batch: bool,
+    pub(super) batch: bool,
 }
 
 impl Target {

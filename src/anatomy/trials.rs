@@ -28,12 +28,14 @@ pub struct TrialRun {
     pub inputs: Vec<(String, Tensor)>,
 }
 
-/// Three runs to measure a model by. Several plans are offered since a model may refuse some lengths: take the first
-/// of which every run succeeds.
+/// Three runs to measure a model by. Several plans are offered since a model may refuse some lengths, or a mask may mean
+/// the opposite: [`measure`] takes the first that tells something.
 #[derive(Clone, Debug)]
 pub struct TrialPlan {
     /// The runs.
     pub runs: Vec<TrialRun>,
+    /// What the mask inputs hold for tokens: 1 as most, 0 where a mask marks padding.
+    pub mask_of_tokens: u8,
 }
 
 /// What the runs of a plan showed.
@@ -75,6 +77,25 @@ impl Trials {
             .collect()
     }
 
+    /// Whether the runs tell something: the attentions hold numbers and do not look everywhere alike, as they would if
+    /// everything were masked.
+    pub fn telling(&self, trace: &Trace) -> bool {
+        let patterns: Vec<&Tensor> = trace
+            .attentions
+            .iter()
+            .filter_map(|a| self.value(Self::TWINS, a.softmax.output))
+            .collect();
+        let varied = patterns.iter().any(|p| {
+            let seen = p.to_f32().unwrap_or_default();
+            let keys = p.shape().last().copied().unwrap_or(1).max(1);
+            seen.iter().all(|x| !x.is_nan())
+                && seen
+                    .chunks(keys)
+                    .any(|row| row.iter().any(|x| *x != 0.0 && (x - row[0]).abs() > 1e-6))
+        });
+        patterns.is_empty() || varied
+    }
+
     /// Rows of each run.
     pub fn batches(&self) -> Vec<usize> {
         self.plan.runs.iter().map(|r| r.batch).collect()
@@ -89,6 +110,28 @@ impl Trials {
     pub fn runs(&self) -> usize {
         self.plan.runs.len()
     }
+}
+
+/// Measures a model: the trials of the first plan that runs and tells something. `run` makes the runs of one plan; an
+/// error (the model refuses these sizes) leads to the next plan, and the last error comes back when none is left.
+pub fn measure(
+    trace: &Trace,
+    mut run: impl FnMut(TrialPlan) -> Result<Trials, String>,
+) -> Result<Trials, String> {
+    let mut last = String::from("no trial input could be made");
+    let mut ran: Option<Trials> = None;
+    for plan in trial_plans(trace) {
+        match run(plan) {
+            Ok(trials) if trials.telling(trace) => return Ok(trials),
+            // Once sizes are found, the other reading of the mask is all there is to try.
+            Ok(trials) => match ran {
+                Some(first) => return Ok(first),
+                None => ran = Some(trials),
+            },
+            Err(why) => last = why,
+        }
+    }
+    ran.ok_or(last)
 }
 
 /// The plans to try, likeliest first: free sizes, then sizes that the graph itself writes down.
@@ -116,7 +159,14 @@ pub fn trial_plans(trace: &Trace) -> impl Iterator<Item = TrialPlan> + '_ {
     } else {
         &[[2, 3, 3], [1, 1, 1]]
     };
-    let written = || trace.written_sizes.iter().copied().take(MAX_WRITTEN);
+    // Behind an input that is no tokens, a token may have been put in front.
+    let ahead = usize::from(main.is_some_and(|i| i.role == InputRole::Pixels));
+    let written: Vec<usize> = trace
+        .written_sizes
+        .iter()
+        .take(MAX_WRITTEN)
+        .flat_map(|n| (0..=ahead).map(move |k| n - k))
+        .collect();
     let mut sizes: Vec<([usize; 3], [usize; 3])> = Vec::new();
     for batch in batches {
         sizes.extend(
@@ -127,22 +177,31 @@ pub fn trial_plans(trace: &Trace) -> impl Iterator<Item = TrialPlan> + '_ {
     }
     if fixed.length.is_none() {
         for batch in batches {
-            sizes.extend(written().map(|n| (*batch, [n; 3])));
+            sizes.extend(written.iter().map(|n| (*batch, [*n; 3])));
         }
     }
     if fixed.batch.is_none() {
-        sizes.extend(written().filter(|n| *n < 64).map(|n| ([n; 3], [7, 7, 11])));
+        let few = |most: usize| written.iter().copied().filter(move |n| *n < most);
+        sizes.extend(few(64).map(|n| ([n; 3], [7, 7, 11])));
         if fixed.length.is_none() {
-            sizes.extend(
-                written()
-                    .filter(|n| *n < 16)
-                    .flat_map(|b| written().map(move |l| ([b; 3], [l; 3]))),
-            );
+            sizes.extend(few(16).flat_map(|b| written.iter().map(move |l| ([b; 3], [*l; 3]))));
         }
     }
-    sizes
-        .into_iter()
-        .map(move |(batch, length)| plan(trace, &fixed, batch, length))
+    let masks: &[u8] = if trace
+        .inputs
+        .iter()
+        .any(|i| i.role == InputRole::AttentionMask)
+    {
+        &[1, 0]
+    } else {
+        &[1]
+    };
+    sizes.into_iter().flat_map(move |(batch, length)| {
+        let fixed = fixed;
+        masks
+            .iter()
+            .map(move |mask| plan(trace, fixed, *mask, batch, length))
+    })
 }
 
 fn main_input(trace: &Trace) -> Option<&InputTrace> {
@@ -153,6 +212,7 @@ fn main_input(trace: &Trace) -> Option<&InputTrace> {
 }
 
 /// Extents that the inputs leave no choice of.
+#[derive(Clone, Copy)]
 struct Fixed {
     batch: Option<usize>,
     length: Option<usize>,
@@ -181,7 +241,13 @@ impl Fixed {
     }
 }
 
-fn plan(trace: &Trace, fixed: &Fixed, batches: [usize; 3], lengths: [usize; 3]) -> TrialPlan {
+fn plan(
+    trace: &Trace,
+    fixed: Fixed,
+    mask_of_tokens: u8,
+    batches: [usize; 3],
+    lengths: [usize; 3],
+) -> TrialPlan {
     let sizes: Vec<(usize, usize)> = batches
         .iter()
         .zip(lengths)
@@ -192,14 +258,15 @@ fn plan(trace: &Trace, fixed: &Fixed, batches: [usize; 3], lengths: [usize; 3]) 
         let mut inputs = Vec::new();
         for input in &trace.inputs {
             let shape = shape(trace, input, batch, length);
-            let mut tensor = fill(input, run, &shape);
+            let mut tensor = fill(input, run, mask_of_tokens, &shape);
             if run == Trials::TWINS && batch > 2 && shape.first() == Some(&batch) {
                 tensor = copy_row(&tensor, 0, batch - 1);
             }
             if run == Trials::PADDED && batch > 1 && length > sizes[Trials::TWINS].1 {
                 let twins = &runs[Trials::TWINS];
                 if let Some((_, short)) = twins.inputs.iter().find(|(n, _)| *n == input.name) {
-                    tensor = pad_row(&tensor, short, input.role == InputRole::AttentionMask);
+                    let mask = input.role == InputRole::AttentionMask;
+                    tensor = pad_row(&tensor, short, mask.then_some(1 - mask_of_tokens));
                 }
             }
             inputs.push((input.name.clone(), tensor));
@@ -210,7 +277,10 @@ fn plan(trace: &Trace, fixed: &Fixed, batches: [usize; 3], lengths: [usize; 3]) 
             inputs,
         });
     }
-    TrialPlan { runs }
+    TrialPlan {
+        runs,
+        mask_of_tokens,
+    }
 }
 
 /// Extents of an input: declared numbers as they are, equal names equal extents, the rest by position.
@@ -243,7 +313,7 @@ fn shape(trace: &Trace, input: &InputTrace, batch: usize, length: usize) -> Vec<
         .collect()
 }
 
-fn fill(input: &InputTrace, run: usize, shape: &[usize]) -> Tensor {
+fn fill(input: &InputTrace, run: usize, mask_of_tokens: u8, shape: &[usize]) -> Tensor {
     let count: usize = shape.iter().product();
     let mut random = Random::new(&input.name, run);
     let values: Vec<f64> = match input.role {
@@ -255,7 +325,7 @@ fn fill(input: &InputTrace, run: usize, shape: &[usize]) -> Tensor {
                 .map(|_| (low + random.below(rows - low)) as f64)
                 .collect()
         }
-        InputRole::AttentionMask => vec![1.0; count],
+        InputRole::AttentionMask => vec![f64::from(mask_of_tokens); count],
         InputRole::TypeIds => {
             let rows = input.rows.unwrap_or(1).clamp(1, 2);
             (0..count).map(|_| random.below(rows) as f64).collect()
@@ -300,8 +370,8 @@ fn copy_row(tensor: &Tensor, from: usize, to: usize) -> Tensor {
         .expect("the shape is unchanged")
 }
 
-/// The tensor with its row 1 begun by row 1 of a shorter one; behind it a mask is zero.
-fn pad_row(tensor: &Tensor, short: &Tensor, mask: bool) -> Tensor {
+/// The tensor with its row 1 begun by row 1 of a shorter one; behind it a mask holds the mark of padding.
+fn pad_row(tensor: &Tensor, short: &Tensor, mask: Option<u8>) -> Tensor {
     let (long_shape, short_shape) = (tensor.shape(), short.shape());
     if long_shape.len() != 2 || short_shape.len() != 2 || short_shape[0] < 2 {
         return tensor.clone();
@@ -311,8 +381,13 @@ fn pad_row(tensor: &Tensor, short: &Tensor, mask: bool) -> Tensor {
     let mut bytes = tensor.bytes().to_vec();
     let kept = short_len.min(long);
     bytes[long..long + kept].copy_from_slice(&short.bytes()[short_len..short_len + kept]);
-    if mask {
-        bytes[long + kept..2 * long].fill(0);
+    if let Some(mark) = mask {
+        let marks = self::tensor(
+            tensor.dtype(),
+            &[long_shape[1]],
+            &vec![f64::from(mark); long_shape[1]],
+        );
+        bytes[long + kept..2 * long].copy_from_slice(&marks.bytes()[kept..]);
     }
     Tensor::new(tensor.dtype(), long_shape.to_vec(), bytes.into()).expect("the shape is unchanged")
 }

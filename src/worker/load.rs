@@ -321,9 +321,9 @@ fn model_file(path: &Path) -> Result<(PathBuf, String), LoadError> {
     }
 }
 
-/// Runs the trials of the first plan that the model accepts. With none, empty trials and the reason.
+/// Runs the trials of a plan that the model accepts. With none, empty trials and the reason.
 fn observe(bench: &Bench, model: &Model, trace: &Trace) -> (Trials, Option<String>) {
-    let nothing = || Trials::new(TrialPlan { runs: Vec::new() });
+    let nothing = |why| (Trials::new(TrialPlan { runs: Vec::new() }), Some(why));
     let session = rewrite::observe(model, &trace.observe)
         .map_err(|e| e.to_string())
         .and_then(|observed| {
@@ -332,26 +332,14 @@ fn observe(bench: &Bench, model: &Model, trace: &Trace) -> (Trials, Option<Strin
         });
     let (mut session, outputs) = match session {
         Ok(made) => made,
-        Err(why) => {
-            return (
-                nothing(),
-                Some(format!("its inner values cannot be shown: {why}")),
-            );
-        }
+        Err(why) => return nothing(format!("its inner values cannot be shown: {why}")),
     };
-    let mut last = String::from("no input could be made");
-    for plan in anatomy::trial_plans(trace) {
-        match trial(&mut session, &outputs, plan) {
-            Ok(trials) => return (trials, None),
-            Err(why) => last = why,
-        }
-    }
-    (
-        nothing(),
-        Some(format!(
-            "the model runs on none of the trial inputs: {last}"
+    match anatomy::measure(trace, |plan| trial(&mut session, &outputs, plan)) {
+        Ok(trials) => (trials, None),
+        Err(why) => nothing(format!(
+            "the model runs on none of the trial inputs: {why}"
         )),
-    )
+    }
 }
 
 fn trial(

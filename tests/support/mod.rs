@@ -21,7 +21,7 @@ use ort::{
     value::{DynValue, TensorElementType, ValueType},
 };
 
-pub type Named = BTreeMap<String, Tensor>;
+pub(crate) type Named = BTreeMap<String, Tensor>;
 
 /// One environment per process, as ONNX Runtime wants it.
 fn environment() -> &'static Environment {
@@ -47,12 +47,12 @@ fn environment() -> &'static Environment {
 }
 
 /// A session of a model, run one call at a time.
-pub struct Runner {
+pub(crate) struct Runner {
     session: Mutex<Session>,
 }
 
 impl Runner {
-    pub fn new(model: &Model) -> Result<Self, String> {
+    pub(crate) fn new(model: &Model) -> Result<Self, String> {
         let bytes = model.encode(Weights::Inline);
         let session = Session::builder(environment())
             .map_err(|e| e.to_string())?
@@ -67,7 +67,7 @@ impl Runner {
         })
     }
 
-    pub fn run(&self, inputs: &[(String, Tensor)]) -> Result<Named, String> {
+    pub(crate) fn run(&self, inputs: &[(String, Tensor)]) -> Result<Named, String> {
         let mut session = self.session.lock().expect("no run panics");
         let names: Vec<String> = session
             .inputs()
@@ -90,7 +90,7 @@ impl Runner {
 }
 
 /// Runs a model once.
-pub fn run(model: &Model, inputs: &[(String, Tensor)]) -> Result<Named, String> {
+pub(crate) fn run(model: &Model, inputs: &[(String, Tensor)]) -> Result<Named, String> {
     Runner::new(model)?.run(inputs)
 }
 
@@ -152,51 +152,38 @@ fn tensor(v: &ort::value::ValueRef<'_>) -> Option<Tensor> {
 }
 
 /// Opens a model's folder.
-pub fn open(folder: &Path) -> Result<Model, String> {
+pub(crate) fn open(folder: &Path) -> Result<Model, String> {
     let opened = Folder::open(folder).map_err(|e| e.to_string())?;
     Model::open(&opened, "model.onnx", &Limits::default()).map_err(|e| e.to_string())
 }
 
-/// Runs the trials of the first plan that the model accepts.
-pub fn trials(model: &Model, trace: &Trace) -> Result<Trials, String> {
+/// Runs the trials of a model.
+pub(crate) fn trials(model: &Model, trace: &Trace) -> Result<Trials, String> {
     let observed = rewrite::observe(model, &trace.observe).map_err(|e| e.to_string())?;
     let runner = Runner::new(&observed.model)?;
-    let mut why = String::from("no plan");
-    for plan in anatomy::trial_plans(trace) {
+    anatomy::measure(trace, |plan| {
         let mut trials = Trials::new(plan);
-        let mut whole = true;
         for at in 0..trials.runs() {
-            match runner.run(&trials.plan.runs[at].inputs) {
-                Ok(made) => {
-                    for (name, value) in &observed.outputs {
-                        if let Some(tensor) = made.get(name) {
-                            trials.record(at, *value, tensor.clone());
-                        }
-                    }
-                }
-                Err(e) => {
-                    why = e;
-                    whole = false;
-                    break;
+            let made = runner.run(&trials.plan.runs[at].inputs)?;
+            for (name, value) in &observed.outputs {
+                if let Some(tensor) = made.get(name) {
+                    trials.record(at, *value, tensor.clone());
                 }
             }
         }
-        if whole {
-            return Ok(trials);
-        }
-    }
-    Err(why)
+        Ok(trials)
+    })
 }
 
 /// The whole way from a model to its anatomy.
-pub fn dissect(model: &Model) -> Result<Anatomy, String> {
+pub(crate) fn dissect(model: &Model) -> Result<Anatomy, String> {
     let trace = anatomy::trace(model);
     let trials = trials(model, &trace)?;
     Ok(anatomy::read(model, &trace, &trials))
 }
 
 /// Hook points of a model on inputs.
-pub fn captured(
+pub(crate) fn captured(
     model: &Model,
     anatomy: &Anatomy,
     hooks: &[&str],
@@ -212,7 +199,7 @@ pub fn captured(
 }
 
 /// Arrays of a `reference.npz`.
-pub fn reference(folder: &Path) -> Named {
+pub(crate) fn reference(folder: &Path) -> Named {
     let file = File::open(folder.join("reference.npz")).expect("the fixture has reference.npz");
     let mut npz = ndarray_npy::NpzReader::new(file).expect("reference.npz is a zip of arrays");
     let mut found = Named::new();
@@ -236,7 +223,7 @@ pub fn reference(folder: &Path) -> Named {
 }
 
 /// The model's inputs out of a reference, cast to what the model declares.
-pub fn reference_inputs(model: &Model, reference: &Named) -> Vec<(String, Tensor)> {
+pub(crate) fn reference_inputs(model: &Model, reference: &Named) -> Vec<(String, Tensor)> {
     model
         .graph
         .inputs()
@@ -249,7 +236,7 @@ pub fn reference_inputs(model: &Model, reference: &Named) -> Vec<(String, Tensor
 }
 
 /// The folders of the committed models.
-pub fn fixtures() -> Vec<PathBuf> {
+pub(crate) fn fixtures() -> Vec<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models");
     let mut folders: Vec<PathBuf> = std::fs::read_dir(root)
         .expect("the fixtures are committed")
@@ -261,10 +248,10 @@ pub fn fixtures() -> Vec<PathBuf> {
 }
 
 /// Largest difference relative to the largest magnitude.
-pub fn distance(a: &Tensor, b: &Tensor) -> f64 {
+pub(crate) fn distance(a: &Tensor, b: &Tensor) -> f64 {
     anatomy::certificate::distance(a, b)
 }
 
-pub fn array(tensor: &Tensor) -> ArrayD<f32> {
+pub(crate) fn array(tensor: &Tensor) -> ArrayD<f32> {
     ArrayD::from_shape_vec(IxDyn(tensor.shape()), tensor.to_f32().unwrap().into_owned()).unwrap()
 }

@@ -1,4 +1,4 @@
-//! Hugging Face's names: `hidden_states.{i}` and `attentions.{i}`.
+//! Other names of hook points: TransformerLens's short forms, and Hugging Face's `hidden_states.{i}` and `attentions.{i}`.
 //!
 //! `hidden_states.0` is what enters the first layer, `hidden_states.{i + 1}` what leaves layer `i`; the last one is taken
 //! behind the final norm in models of tokens, and before it in models of pictures and sound, as the library does.
@@ -8,6 +8,22 @@
 
 use super::{AttentionRead, Found, lab::Lab, leaves};
 use crate::{anatomy::layers::LayerTrace, ipc::info::InputRole};
+
+/// TransformerLens's short forms: `resid_post.10`, `pattern.3`, and `mlp_pre.2` for what is called just `pre` in the block.
+pub(super) fn short_forms(found: &mut Found) {
+    for hook in &mut found.hooks {
+        let Some(layer) = hook.layer else { continue };
+        let Some(inside) = hook.name.strip_prefix(&format!("blocks.{layer}.")) else {
+            continue;
+        };
+        let short = match inside.split_once("hook_") {
+            Some(("" | "attn.", short)) => format!("{short}.{layer}"),
+            Some(("mlp.", short)) => format!("mlp_{short}.{layer}"),
+            _ => continue,
+        };
+        hook.aliases.push(short);
+    }
+}
 
 pub(super) fn hugging_face(
     lab: &Lab<'_>,

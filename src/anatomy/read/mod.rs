@@ -46,7 +46,14 @@ pub fn read(model: &Model, trace: &Trace, trials: &Trials) -> Anatomy {
         vocab: trace.vocabulary,
         ..Dims::default()
     };
-    let positions = positions(trace, &attentions);
+    let by_layer = positions(trace, &attentions);
+    // Positions that hold for all of the stream.
+    let positions = match by_layer.split_first() {
+        Some((Some(first), rest)) if rest.iter().all(|p| p.as_ref() == Some(first)) => {
+            Some(first.clone())
+        }
+        _ => None,
+    };
     for (at, layer) in trace.layers.iter().enumerate() {
         read_layer(
             &lab,
@@ -55,14 +62,20 @@ pub fn read(model: &Model, trace: &Trace, trials: &Trials) -> Anatomy {
             &LayerView {
                 at,
                 layer,
-                positions: positions.as_deref(),
+                positions: by_layer[at].as_deref(),
                 attention: layer.attention.map(|i| &attentions[i]),
                 cross: layer.cross_attention.map(|i| &attentions[i]),
             },
         );
     }
-    read_ends(&lab, &mut found, &mut dims, positions.as_deref());
+    read_ends(
+        &lab,
+        &mut found,
+        &mut dims,
+        by_layer.last().and_then(Option::as_deref),
+    );
     aliases::hugging_face(&lab, &mut found, &attentions);
+    aliases::short_forms(&mut found);
     let causal = !attentions.is_empty()
         && trace
             .layers
@@ -97,6 +110,20 @@ pub fn read(model: &Model, trace: &Trace, trials: &Trials) -> Anatomy {
         let first = sizes[0];
         (two && sizes.iter().all(|n| *n == first)).then_some(first)
     };
+    let mut inputs = trace.inputs.clone();
+    let inverted = trials.plan.mask_of_tokens == 0;
+    if inverted {
+        for input in inputs
+            .iter_mut()
+            .filter(|i| i.role == InputRole::AttentionMask)
+        {
+            input.role = InputRole::Other;
+            found.notes.push(format!(
+                "\"{}\" marks padding, not tokens: it must be given, 0 for tokens",
+                input.name
+            ));
+        }
+    }
     let mut anatomy = Anatomy {
         task,
         fixed_batch: only(trials.batches(), true),
@@ -104,14 +131,14 @@ pub fn read(model: &Model, trace: &Trace, trials: &Trials) -> Anatomy {
             trials.lengths(),
             trace.inputs.iter().any(|i| i.role == InputRole::TokenIds),
         ),
-        inputs: trace.inputs.clone(),
+        inputs,
         outputs,
         main_output: trace.output,
         dims,
         hooks: found.hooks,
         missing: found.missing,
         checks: found.checks,
-        pads,
+        pads: pads && !inverted,
         notes: found.notes,
         picture: String::new(),
     };
@@ -213,14 +240,32 @@ impl Found {
     }
 }
 
-/// Positions of the stream in every run: what the attentions of layers ask from, where they are not windows.
-fn positions(trace: &Trace, attentions: &[Result<AttentionRead, String>]) -> Option<Vec<usize>> {
+/// Positions of the stream at each layer, in every run: what its attention asks from, unless that runs in windows; for
+/// layers without attention what all others agree on.
+fn positions(
+    trace: &Trace,
+    attentions: &[Result<AttentionRead, String>],
+) -> Vec<Option<Vec<usize>>> {
+    let read = |l: &LayerTrace| attentions[l.attention?].as_ref().ok();
+    let mut known: Vec<&[usize]> = trace
+        .layers
+        .iter()
+        .filter_map(|l| read(l).map(|a| &a.queries[..]))
+        .collect();
+    known.dedup();
+    let windowed = trace
+        .layers
+        .iter()
+        .any(|l| read(l).is_some_and(|a| a.windowed));
     trace
         .layers
         .iter()
-        .filter_map(|l| attentions[l.attention?].as_ref().ok())
-        .find(|a| !a.windowed)
-        .map(|a| a.queries.clone())
+        .map(|l| match (read(l), &known[..]) {
+            (Some(a), _) if !a.windowed && !windowed => Some(a.queries.clone()),
+            (None, [all]) if !windowed => Some(all.to_vec()),
+            _ => None,
+        })
+        .collect()
 }
 
 struct LayerView<'a> {
