@@ -20,6 +20,7 @@ mod inputs;
 mod layers;
 mod layout;
 mod mlp;
+pub mod normalise;
 mod ops;
 mod picture;
 mod read;

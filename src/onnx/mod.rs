@@ -42,3 +42,4 @@ pub use limits::Limits;
 pub use load::Model;
 pub use node::Node;
 pub use patch::{NodeSpec, Patch};
+pub use proto::{dtype_of, number_of};

@@ -73,6 +73,11 @@ impl Patch {
         }
     }
 
+    /// From here on the names of what is added begin with this.
+    pub fn name_under(&mut self, prefix: &str) {
+        prefix.clone_into(&mut self.prefix);
+    }
+
     /// The graph that the patch edits, with what was added so far.
     pub fn draft(&self) -> &Graph {
         &self.draft
