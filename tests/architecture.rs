@@ -19,7 +19,7 @@ const MAY_NAME: &[(&str, &[&str])] = &[
     ),
     ("telemetry", &[]),
     ("shutdown", &[]),
-    ("config", &[]),
+    ("config", &["telemetry"]),
     ("engine", &["tensor", "ipc", "telemetry"]),
     ("model", &["tensor", "ipc", "engine", "telemetry"]),
     (

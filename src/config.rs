@@ -1,1 +1,0 @@
-//! Configuration from flags, environment and file, resolved once.
