@@ -143,7 +143,7 @@ async fn a_crash_in_mid_run_ends_the_wait_at_once_and_the_signal_is_known() {
     let pid = rustix::process::Pid::from_child(&worker.child);
     rustix::process::kill_process(pid, rustix::process::Signal::SEGV).unwrap();
     let killed = Instant::now();
-    let gone = running.await.unwrap().err().expect("no answer can come");
+    let gone = running.await.unwrap().expect_err("no answer can come");
     assert_eq!(gone.to_string(), "the worker is gone");
     assert!(killed.elapsed() < Duration::from_secs(1));
     assert_eq!(exit_of(&mut worker.child).await.signal(), Some(11));

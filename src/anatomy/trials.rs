@@ -52,6 +52,14 @@ impl Trials {
     /// Run whose second row is padded.
     pub const PADDED: usize = 2;
 
+    /// Of a model that could not be run.
+    pub fn none() -> Self {
+        Self::new(TrialPlan {
+            runs: Vec::new(),
+            mask_of_tokens: 1,
+        })
+    }
+
     /// Nothing seen yet.
     pub fn new(plan: TrialPlan) -> Self {
         let values = vec![BTreeMap::new(); plan.runs.len()];

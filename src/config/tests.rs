@@ -109,7 +109,16 @@ fn a_file_that_is_not_there_or_not_toml_is_a_mistake() {
 fn times_and_sizes() {
     assert_eq!(parse::duration("500ms"), Ok(Duration::from_millis(500)));
     assert_eq!(parse::duration("2m"), Ok(Duration::from_secs(120)));
-    for bad in ["", "0s", "s", "5", "1h", "-1s", "99999999999999999999s", "2000000m"] {
+    for bad in [
+        "",
+        "0s",
+        "s",
+        "5",
+        "1h",
+        "-1s",
+        "99999999999999999999s",
+        "2000000m",
+    ] {
         assert!(parse::duration(bad).is_err(), "{bad}");
     }
     assert_eq!(parse::size("4MiB"), Ok(4 << 20));

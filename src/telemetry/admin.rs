@@ -59,7 +59,10 @@ pub async fn serve(
 async fn metrics(State(admin): State<Admin>) -> impl IntoResponse {
     let text = admin.recorder.map(|r| r.render()).unwrap_or_default();
     (
-        [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")],
+        [(
+            header::CONTENT_TYPE,
+            "text/plain; version=0.0.4; charset=utf-8",
+        )],
         text,
     )
 }

@@ -48,8 +48,8 @@ fn builder() -> Result<PrometheusBuilder, BuildError> {
     let mut builder = PrometheusBuilder::new();
     for metric in ALL {
         if let Kind::Histogram(buckets) = metric.kind {
-            builder = builder
-                .set_buckets_for_metric(Matcher::Full(metric.name.to_owned()), buckets.0)?;
+            builder =
+                builder.set_buckets_for_metric(Matcher::Full(metric.name.to_owned()), buckets.0)?;
         }
     }
     Ok(builder)

@@ -20,7 +20,7 @@ use super::{
     weights::SharedWeights,
 };
 use crate::{
-    anatomy::{self, Anatomy, Trace, TrialPlan, Trials},
+    anatomy::{self, Anatomy, Trace, Trials},
     ipc::{
         info::{
             Certificate, HookInfo, InputInfo, LoadStage, Missing, ModelInfo, TokenizerInfo,
@@ -323,7 +323,7 @@ fn model_file(path: &Path) -> Result<(PathBuf, String), LoadError> {
 
 /// Runs the trials of a plan that the model accepts. With none, empty trials and the reason.
 fn observe(bench: &Bench, model: &Model, trace: &Trace) -> (Trials, Option<String>) {
-    let nothing = |why| (Trials::new(TrialPlan { runs: Vec::new() }), Some(why));
+    let nothing = |why| (Trials::none(), Some(why));
     let session = rewrite::observe(model, &trace.observe)
         .map_err(|e| e.to_string())
         .and_then(|observed| {
@@ -336,9 +336,7 @@ fn observe(bench: &Bench, model: &Model, trace: &Trace) -> (Trials, Option<Strin
     };
     match anatomy::measure(trace, |plan| trial(&mut session, &outputs, plan)) {
         Ok(trials) => (trials, None),
-        Err(why) => nothing(format!(
-            "the model runs on none of the trial inputs: {why}"
-        )),
+        Err(why) => nothing(format!("the model runs on none of the trial inputs: {why}")),
     }
 }
 

@@ -62,7 +62,7 @@ pub(super) fn stream(
         _ => {
             return Err(format!(
                 "its axes are not those of a stream: {:?}",
-                shapes[0]
+                shapes.first()
             ));
         }
     };
