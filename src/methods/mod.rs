@@ -1,1 +1,19 @@
-//! One file per method: pure mathematics around rows that the engine runs.
+//! What the daemon does with a model: one file per method, pure mathematics apart from the running.
+//!
+//! A method takes a model handle and a validated question, asks the engine for rows, and reduces what comes back.
+//! It knows neither the wire nor how rows are batched.
+//!
+//! - [`input`]: texts, ids or tensors to the row that the engine runs;
+//! - [`select`]: names, aliases, kinds and patterns to the hook points that they mean;
+//! - [`reduce`]: pooling, top-k, sparse attention;
+//! - [`predict`]: what the model's output says;
+//! - [`capture`]: all of these in a row.
+
+pub mod capture;
+pub mod input;
+pub mod predict;
+pub mod reduce;
+pub mod select;
+
+#[cfg(test)]
+mod testing;

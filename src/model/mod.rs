@@ -9,6 +9,7 @@
 //! successor is loaded and certified; a failed reload changes nothing but the report of it.
 
 pub mod deaths;
+mod observe;
 pub mod plan;
 pub mod registry;
 pub mod repository;

@@ -14,6 +14,7 @@ use dashmap::DashMap;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 
 use super::{
+    observe,
     plan::Op,
     repository::{Repository, Skipped},
     supervisor::{self, Command},
@@ -404,7 +405,10 @@ impl Shared {
         self.states.send_modify(|snapshot| {
             let states = Arc::make_mut(snapshot);
             let old = states.remove(name);
-            if let Some(new) = change(old) {
+            let new = change(old);
+            let serves = new.as_ref().is_some_and(|s| s.state == ModelState::Ready);
+            observe::ready(name, serves);
+            if let Some(new) = new {
                 states.insert(name.to_owned(), new);
             }
         });

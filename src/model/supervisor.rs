@@ -322,6 +322,7 @@ impl Supervisor {
     }
 
     async fn restart(&mut self) -> Vec<Command> {
+        super::observe::restart(&self.name);
         let mut meanwhile = Vec::new();
         if let Err(Setback::Failed {
             error,

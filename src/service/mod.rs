@@ -1,3 +1,31 @@
-//! The gRPC edge: the only code that names tonic and our wire types.
+//! The gRPC edge: the only code of the daemon that names tonic and our wire types.
+//!
+//! ```text
+//!  connection ─▶ listener ─▶ edge ─▶ routes ─▶ capture │ models │ inference │ health │ reflection
+//!                  │           │                 │
+//!                  limits      deadline,         from_proto ─▶ methods, model ─▶ to_proto
+//!                  keepalive   metrics, stalls
+//! ```
+//!
+//! - [`daemon`] puts everything together and holds the order of stopping;
+//! - `listener` accepts connections and bounds them; `edge` bounds each call in time and counts it;
+//! - `from_proto` validates once, so that nothing behind it meets a wire type; `to_proto` is the way back; `status` is the one table
+//!   from errors to codes;
+//! - `messages` cuts answers into bounded pieces and signs them with a checksum.
 
+mod call;
+mod capture;
+pub mod daemon;
+mod edge;
+mod explained;
+mod from_proto;
+mod inference;
+mod listener;
+mod messages;
+mod models;
+mod status;
+mod to_proto;
+mod watched;
 pub mod wire;
+
+pub use daemon::{Daemon, Setup, StartError};

@@ -1,0 +1,681 @@
+//! Captures: run a row, bring back hook points and the prediction.
+//!
+//! Two steps, so that the caller can announce what comes before it is there: [`start`] checks everything, estimates the answer and
+//! puts the row into the queue; [`Started::finish`] waits for it and reduces it. What the selection leaves out is left out as early
+//! as possible: layers behind the deepest hook point are not run, heads and positions not brought over from the worker.
+
+use std::time::Instant;
+
+use super::{
+    input::{self, Input, Prepared},
+    predict::{self, Places, Prediction},
+    reduce::{self, Keep, Pooling, Sparse},
+    select::{self, Point},
+};
+use crate::{
+    engine::{
+        Ctx, EngineError, Job, Lane, ModelHandle, PickSpec, RowStream, StageTimings,
+        admission::exposed_bytes,
+    },
+    ipc::{
+        info::{Axis, ModelInfo, ValueInfo},
+        spec::{Plan, VariantSpec},
+    },
+    tensor::{DType, Tensor},
+};
+
+/// Reductions above so many bytes leave the async threads.
+const INLINE_BYTES: usize = 64 << 10;
+/// Most indices of heads or positions.
+const MOST_INDICES: usize = 65_536;
+
+/// How much of the model's own output comes along.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Logits {
+    /// What the prediction is read from.
+    #[default]
+    Prediction,
+    /// The main output as it is.
+    All,
+    /// Nothing, and what lies behind the deepest hook point is not run.
+    None,
+}
+
+/// What to bring back of a run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Selection {
+    /// See [`select::points`].
+    pub hooks: Vec<String>,
+    /// Layers; empty keeps all.
+    pub layers: Vec<u32>,
+    /// Heads, of hook points that have heads; empty keeps all.
+    pub heads: Vec<u32>,
+    /// Positions (queries of attentions), negative ones from the end; empty keeps all.
+    pub positions: Vec<i32>,
+    /// Reduces the position axis.
+    pub pooling: Option<Pooling>,
+    /// Keeps the greatest entries of what is no attention pattern.
+    pub top_k: Option<Keep>,
+    /// Keeps the greatest entries of attention patterns.
+    pub sparse_attention: Option<Keep>,
+    /// Type of floats in the answer.
+    pub dtype: DType,
+    /// The model's own output.
+    pub logits: Logits,
+    /// Candidates of the prediction.
+    pub candidates: usize,
+}
+
+impl Default for Selection {
+    fn default() -> Self {
+        Self {
+            hooks: Vec::new(),
+            layers: Vec::new(),
+            heads: Vec::new(),
+            positions: Vec::new(),
+            pooling: None,
+            top_k: None,
+            sparse_attention: None,
+            dtype: DType::F32,
+            logits: Logits::Prediction,
+            candidates: 5,
+        }
+    }
+}
+
+/// A question, validated as far as it can be without the model.
+#[derive(Clone, Debug)]
+pub struct Question {
+    /// What to run on.
+    pub input: Input,
+    /// What to bring back.
+    pub selection: Selection,
+}
+
+/// What a capture may cost, and how urgent it is.
+#[derive(Clone, Copy, Debug)]
+pub struct Terms {
+    /// Largest capture by its estimate.
+    pub max_bytes: usize,
+    /// How urgent.
+    pub lane: Lane,
+}
+
+/// One tensor of an answer.
+#[derive(Clone, Debug)]
+pub struct Item {
+    /// Hook point, value or output.
+    pub name: String,
+    /// Meaning of each axis, the batch left out; `axis_N` where nobody has read them.
+    pub axes: Vec<String>,
+    /// What is sent of it.
+    pub content: Content,
+}
+
+/// What is sent of a tensor.
+#[derive(Clone, Debug)]
+pub enum Content {
+    /// All of it.
+    Dense(Tensor),
+    /// Its greatest entries, their values to be sent as this type.
+    Sparse(Sparse, DType),
+}
+
+/// A capture in the queue.
+#[derive(Debug)]
+pub struct Started {
+    /// The row, with its tokens.
+    pub prepared: Prepared,
+    /// Names of what will come, in order.
+    pub names: Vec<String>,
+    /// Payload that will come, as far as extents are known.
+    pub estimated_bytes: usize,
+    handle: ModelHandle,
+    wanted: Vec<Wanted>,
+    /// The main output: how it is read, and whether it is sent.
+    output: Option<Output>,
+    dtype: DType,
+    candidates: usize,
+    rows: RowStream,
+}
+
+/// An answer, complete.
+#[derive(Debug)]
+pub struct Captured {
+    /// Hook points in the order of [`Started::names`], the model's output last.
+    pub items: Vec<Item>,
+    /// What the model predicts, where it was asked for.
+    pub prediction: Option<Prediction>,
+    /// Where the time went.
+    pub timings: StageTimings,
+    /// Tensors with a value that is NaN or infinite and no mask.
+    pub non_finite: Vec<String>,
+    /// What the caller should know.
+    pub notes: Vec<String>,
+    /// Holds the permits for the bytes of the answer.
+    _rows: RowStream,
+}
+
+/// One hook point of the plan.
+#[derive(Clone, Debug)]
+struct Wanted {
+    name: String,
+    /// Without the batch; empty where nobody has read them.
+    axes: Vec<Axis>,
+    pick: PickSpec,
+    /// Axis to reduce, counted without the batch.
+    pool: Option<(usize, Pooling)>,
+    keep: Option<Keep>,
+}
+
+/// What is done with the main output.
+#[derive(Clone, Debug)]
+struct Output {
+    places: Option<Places>,
+    axes: Vec<Axis>,
+    pick: PickSpec,
+    /// Whether all of it was brought, not only the places.
+    whole: bool,
+}
+
+/// Checks a question, estimates its answer and puts its row into the queue.
+///
+/// # Errors
+/// With paths of fields that begin at the request: `input...`, `selection...`. [`EngineError::ResourceExhausted`] when the
+/// answer would be larger than `terms` allow.
+pub async fn start(
+    handle: &ModelHandle,
+    question: Question,
+    terms: Terms,
+    ctx: &Ctx,
+) -> Result<Started, EngineError> {
+    let Question { input, selection } = question;
+    let info = handle.info().clone();
+    // Names first: they cost nothing, the tokenizer does.
+    let points = select::points(&info, &selection.hooks, &selection.layers, "selection")?;
+    if points.is_empty() && selection.logits == Logits::None {
+        return Err(EngineError::invalid(
+            "selection",
+            "selects nothing: name hook points, or ask for logits",
+        ));
+    }
+    let field = field_of(&input);
+    let prepared = input::prepare(handle, input, ctx)
+        .await
+        .map_err(beneath_input)?;
+    let length = prepared.group.length.or_else(|| length_of(&prepared));
+    let wanted = points
+        .iter()
+        .map(|p| want(&info, p, &selection, length))
+        .collect::<Result<Vec<_>, _>>()?;
+    let output = output(&info, &selection, &prepared, length);
+    let estimate = estimate(&info, &points, &wanted, output.as_ref(), length, &selection);
+    if estimate.brought > terms.max_bytes {
+        return Err(EngineError::exhausted(
+            format!(
+                "the capture would take {} bytes, more than the limit of {}: \
+                 ask for fewer hook points, layers, heads or positions, or for a shorter input",
+                estimate.brought, terms.max_bytes
+            ),
+            None,
+        ));
+    }
+    let plain = wanted.is_empty();
+    let job = Job {
+        spec: VariantSpec {
+            plan: if plain { Plan::Plain } else { Plan::Rewritten },
+            expose: wanted.iter().map(|w| w.name.clone()).collect(),
+            keep_outputs: plain || output.is_some(),
+        },
+        // A capture of nothing but the prediction is a predict.
+        lane: if plain { Lane::Predict } else { terms.lane },
+        groups: vec![crate::engine::RowGroup {
+            picks: wanted
+                .iter()
+                .map(|w| w.pick.clone())
+                .chain(output.iter().map(|o| o.pick.clone()))
+                .collect(),
+            ..prepared.group.clone()
+        }],
+    };
+    if job.groups[0].picks.is_empty() {
+        return Err(EngineError::precondition(format!(
+            "model \"{}\" predicts nothing (its task is {}): name hook points, or ask for all of its output",
+            info.name,
+            info.task.name()
+        )));
+    }
+    let rows = handle
+        .submit(job, ctx)
+        .await
+        .map_err(|e| input::at_field(e, field))?;
+    let sends = output.as_ref().map(|o| o.pick.output.clone());
+    Ok(Started {
+        names: wanted.iter().map(|w| w.name.clone()).chain(sends).collect(),
+        estimated_bytes: estimate.sent,
+        prepared,
+        handle: handle.clone(),
+        wanted,
+        output,
+        dtype: selection.dtype,
+        candidates: selection.candidates,
+        rows,
+    })
+}
+
+impl Started {
+    /// The model that answers.
+    pub fn handle(&self) -> &ModelHandle {
+        &self.handle
+    }
+
+    /// Waits for the row and reduces it.
+    ///
+    /// # Errors
+    /// Those of the run.
+    pub async fn finish(mut self, ctx: &Ctx) -> Result<Captured, EngineError> {
+        let Some(done) = self.rows.next().await.transpose()? else {
+            return Err(EngineError::internal("a row ended without an answer"));
+        };
+        let mut timings = done.timings;
+        timings.tokenize += self.prepared.tokenize;
+        let begun = Instant::now();
+        let non_finite = done
+            .non_finite
+            .iter()
+            .filter_map(|at| self.names.get(*at).cloned())
+            .collect();
+        let mut tensors = done.tensors;
+        let scores = match &self.output {
+            Some(_) => tensors.pop(),
+            None => None,
+        };
+        let mut items = reduced(self.wanted, tensors, self.dtype).await?;
+        let mut prediction = None;
+        if let (Some(output), Some(scores)) = (self.output, scores) {
+            let info = self.handle.info().clone();
+            if let Some(places) = &output.places {
+                let of_places = if output.whole {
+                    cut(&scores, &output.axes, places)?
+                } else {
+                    scores.clone()
+                };
+                let mut read = predict::read(&info, &of_places, places, self.candidates)?;
+                predict::spell(&self.handle, &mut read, ctx).await?;
+                prediction = Some(read);
+            }
+            items.push(Item {
+                axes: axis_names(&output.axes, scores.shape()),
+                content: Content::Dense(as_asked(scores, self.dtype)?),
+                name: output.pick.output,
+            });
+        }
+        timings.reduce += begun.elapsed();
+        Ok(Captured {
+            items,
+            prediction,
+            timings,
+            non_finite,
+            notes: notes(self.handle.info(), &self.names),
+            _rows: self.rows,
+        })
+    }
+}
+
+/// What of the input the engine finds fault with, when it does.
+fn field_of(input: &Input) -> &'static str {
+    match input {
+        Input::Text { .. } => "input.text.text",
+        Input::Tokens { .. } => "input.tokens.ids",
+        Input::Tensors(_) => "input.tensors",
+    }
+}
+
+fn beneath_input(error: EngineError) -> EngineError {
+    let field = match &error {
+        EngineError::InvalidArgument { field, .. } => format!("input.{field}"),
+        EngineError::NotFound { .. }
+        | EngineError::FailedPrecondition { .. }
+        | EngineError::ResourceExhausted { .. }
+        | EngineError::Unavailable { .. }
+        | EngineError::DeadlineExceeded
+        | EngineError::Cancelled
+        | EngineError::DataLoss { .. }
+        | EngineError::WorkerDied { .. }
+        | EngineError::Internal { .. } => return error,
+    };
+    input::at_field(error, &field)
+}
+
+/// Tokens of a row that was given as tensors.
+fn length_of(prepared: &Prepared) -> Option<usize> {
+    (!prepared.tokens.is_empty()).then_some(prepared.tokens.len())
+}
+
+fn want(
+    info: &ModelInfo,
+    point: &Point<'_>,
+    selection: &Selection,
+    length: Option<usize>,
+) -> Result<Wanted, EngineError> {
+    let axes: Vec<Axis> = without_batch(point.axes());
+    let dims: &[Option<usize>] = match point {
+        Point::Hook(h) => &h.dims,
+        Point::Value(_) => &[],
+    };
+    let extent = |at: usize| dims.get(at + 1).copied().flatten();
+    let mut pick = PickSpec {
+        output: point.name().to_owned(),
+        ..PickSpec::default()
+    };
+    if let Some(at) = axes.iter().position(Axis::is_head) {
+        pick.heads = heads(&selection.heads, extent(at), point.name())?;
+    }
+    let position_axis = axes
+        .iter()
+        .position(|a| matches!(a, Axis::Pos | Axis::Query));
+    if let Some(at) = position_axis {
+        let there = length.or_else(|| extent(at));
+        pick.positions = positions(&selection.positions, there, info)?;
+    }
+    let pos = axes.iter().position(|a| *a == Axis::Pos);
+    let pool = match (selection.pooling, pos) {
+        (Some(pooling), Some(at)) => {
+            // One position needs not bring the others along.
+            let ends = match (pooling, pick.positions.is_empty()) {
+                (Pooling::Cls, true) => Some(0),
+                (Pooling::Last, true) => {
+                    length.or_else(|| extent(at)).and_then(|n| n.checked_sub(1))
+                }
+                (Pooling::Cls | Pooling::Last | Pooling::Mean | Pooling::Max, _) => None,
+            };
+            if let Some(end) = ends.and_then(|e| u32::try_from(e).ok()) {
+                pick.positions = vec![end];
+            }
+            Some((at, pooling))
+        }
+        (Some(_), None) | (None, _) => None,
+    };
+    let keep = if point.is_pattern() {
+        selection.sparse_attention
+    } else {
+        selection.top_k
+    };
+    Ok(Wanted {
+        name: point.name().to_owned(),
+        axes,
+        pick,
+        pool,
+        keep,
+    })
+}
+
+fn heads(wanted: &[u32], there: Option<usize>, name: &str) -> Result<Vec<u32>, EngineError> {
+    if wanted.len() > MOST_INDICES {
+        return Err(EngineError::invalid(
+            "selection.heads",
+            format!("has {} entries: give at most {MOST_INDICES}", wanted.len()),
+        ));
+    }
+    match (
+        wanted
+            .iter()
+            .position(|h| there.is_some_and(|n| *h as usize >= n)),
+        there,
+    ) {
+        (Some(at), Some(there)) => Err(EngineError::invalid(
+            format!("selection.heads[{at}]"),
+            format!("head {} does not exist: \"{name}\" has {there}", wanted[at]),
+        )),
+        (Some(_) | None, _) => Ok(wanted.to_vec()),
+    }
+}
+
+fn positions(
+    wanted: &[i32],
+    there: Option<usize>,
+    info: &ModelInfo,
+) -> Result<Vec<u32>, EngineError> {
+    if wanted.is_empty() {
+        return Ok(Vec::new());
+    }
+    if wanted.len() > MOST_INDICES {
+        return Err(EngineError::invalid(
+            "selection.positions",
+            format!("has {} entries: give at most {MOST_INDICES}", wanted.len()),
+        ));
+    }
+    let there = there.ok_or_else(|| {
+        EngineError::invalid(
+            "selection.positions",
+            format!(
+                "the number of positions of model \"{}\" is not known before it runs: leave this empty",
+                info.name
+            ),
+        )
+    })?;
+    wanted
+        .iter()
+        .enumerate()
+        .map(|(at, p)| {
+            let place = if *p < 0 {
+                there.checked_sub(p.unsigned_abs() as usize)
+            } else {
+                usize::try_from(*p).ok().filter(|p| *p < there)
+            };
+            place.and_then(|p| u32::try_from(p).ok()).ok_or_else(|| {
+                EngineError::invalid(
+                    format!("selection.positions[{at}]"),
+                    format!("position {p} does not exist: the input has {there}"),
+                )
+            })
+        })
+        .collect()
+}
+
+fn output(
+    info: &ModelInfo,
+    selection: &Selection,
+    prepared: &Prepared,
+    length: Option<usize>,
+) -> Option<Output> {
+    let value = info.output(&info.main_output)?;
+    let places = predict::places(info, &prepared.tokens, length);
+    let whole = match selection.logits {
+        Logits::None => return None,
+        Logits::All => true,
+        Logits::Prediction => !matches!(places, Some(Places::Positions(_))),
+    };
+    let positions = match &places {
+        // A masked model without a mask predicts nothing.
+        Some(Places::Positions(p)) if p.is_empty() && !whole => return None,
+        Some(Places::Positions(p)) if !whole => p.clone(),
+        Some(_) => Vec::new(),
+        None if selection.logits == Logits::Prediction => return None,
+        None => Vec::new(),
+    };
+    Some(Output {
+        axes: without_batch(&value.axes),
+        pick: PickSpec {
+            output: value.name.clone(),
+            positions,
+            ..PickSpec::default()
+        },
+        whole,
+        places,
+    })
+}
+
+struct Estimate {
+    /// From the worker.
+    brought: usize,
+    /// To the caller.
+    sent: usize,
+}
+
+fn estimate(
+    info: &ModelInfo,
+    points: &[Point<'_>],
+    wanted: &[Wanted],
+    output: Option<&Output>,
+    length: Option<usize>,
+    selection: &Selection,
+) -> Estimate {
+    /// An extent that only the run tells.
+    const UNKNOWN: usize = 1;
+    let length = length.unwrap_or(0);
+    let mut estimate = Estimate {
+        brought: 0,
+        sent: 0,
+    };
+    let mut add = |value: &ValueInfo, pick: &PickSpec, wanted: Option<&Wanted>| {
+        let bytes = exposed_bytes(value, pick, length, UNKNOWN);
+        estimate.brought = estimate.brought.saturating_add(bytes);
+        let mut elements = bytes / value.dtype.size();
+        if let Some((_, _)) = wanted.and_then(|w| w.pool) {
+            elements /= pick
+                .positions
+                .len()
+                .max(if pick.positions.is_empty() { length } else { 1 })
+                .max(1);
+        }
+        let size = if value.dtype.is_float() {
+            selection.dtype.size()
+        } else {
+            value.dtype.size()
+        };
+        let sent = match wanted.and_then(|w| w.keep) {
+            Some(Keep::TopK { k, .. } | Keep::Attention { k, .. }) => {
+                let width = last_extent(value, length).max(1);
+                let rows = elements / width;
+                rows.saturating_mul(4 + k.min(width) * (4 + size))
+            }
+            None => elements.saturating_mul(size),
+        };
+        estimate.sent = estimate.sent.saturating_add(sent);
+    };
+    for (point, wanted) in points.iter().zip(wanted) {
+        if let Point::Hook(h) = point {
+            let value = ValueInfo {
+                name: h.name.clone(),
+                dtype: h.dtype,
+                axes: h.axes.clone(),
+                dims: h.dims.clone(),
+            };
+            add(&value, &wanted.pick, Some(wanted));
+        }
+    }
+    if let Some(output) = output
+        && let Some(value) = info.output(&output.pick.output)
+    {
+        add(value, &output.pick, None);
+    }
+    estimate
+}
+
+fn last_extent(value: &ValueInfo, length: usize) -> usize {
+    match (value.axes.last(), value.dims.last()) {
+        (Some(axis), _) if axis.is_token() && length > 0 => length,
+        (_, Some(Some(n))) => *n,
+        (_, Some(None) | None) => 1,
+    }
+}
+
+/// Pools, keeps the greatest, converts. Much work leaves the async threads.
+async fn reduced(
+    wanted: Vec<Wanted>,
+    tensors: Vec<Tensor>,
+    dtype: DType,
+) -> Result<Vec<Item>, EngineError> {
+    let work: usize = wanted
+        .iter()
+        .zip(&tensors)
+        .filter(|(w, t)| {
+            let converts = t.dtype().is_float() && t.dtype() != dtype;
+            w.pool.is_some() || w.keep.is_some() || converts
+        })
+        .map(|(_, t)| t.bytes().len())
+        .sum();
+    let all = move || -> Result<Vec<Item>, EngineError> {
+        wanted
+            .into_iter()
+            .zip(tensors)
+            .map(|(w, t)| item(w, t, dtype))
+            .collect()
+    };
+    if work <= INLINE_BYTES {
+        return all();
+    }
+    tokio::task::spawn_blocking(all)
+        .await
+        .map_err(EngineError::internal)?
+}
+
+fn item(wanted: Wanted, mut tensor: Tensor, dtype: DType) -> Result<Item, EngineError> {
+    let mut axes = axis_names(&wanted.axes, tensor.shape());
+    if let Some((at, pooling)) = wanted.pool
+        && tensor.dtype().is_float()
+        && at < tensor.shape().len()
+    {
+        tensor = reduce::pool(&tensor, at, pooling).map_err(EngineError::internal)?;
+        axes.remove(at);
+    }
+    let content = match wanted.keep {
+        Some(keep) if tensor.dtype().is_float() && !tensor.shape().is_empty() => Content::Sparse(
+            reduce::keep(&tensor, keep).map_err(EngineError::internal)?,
+            dtype,
+        ),
+        Some(_) | None => Content::Dense(as_asked(tensor, dtype)?),
+    };
+    Ok(Item {
+        name: wanted.name,
+        axes,
+        content,
+    })
+}
+
+fn as_asked(tensor: Tensor, dtype: DType) -> Result<Tensor, EngineError> {
+    if !tensor.dtype().is_float() {
+        return Ok(tensor);
+    }
+    tensor.cast_float(dtype).map_err(EngineError::internal)
+}
+
+/// The rows of an output `[pos, label]` at the places of a prediction.
+fn cut(scores: &Tensor, axes: &[Axis], places: &Places) -> Result<Tensor, EngineError> {
+    let Places::Positions(positions) = places else {
+        return Ok(scores.clone());
+    };
+    let values = scores.to_f32().map_err(EngineError::internal)?;
+    let width = scores.shape().last().copied().unwrap_or(1);
+    let broken = || EngineError::internal(format!("an output with axes {axes:?} has no positions"));
+    let mut rows = Vec::with_capacity(positions.len() * width);
+    for p in positions {
+        let at = *p as usize * width;
+        rows.extend_from_slice(values.get(at..at + width).ok_or_else(broken)?);
+    }
+    Tensor::from_f32(vec![positions.len(), width], &rows).map_err(EngineError::internal)
+}
+
+fn without_batch(axes: &[Axis]) -> Vec<Axis> {
+    axes.iter()
+        .filter(|a| **a != Axis::Batch)
+        .cloned()
+        .collect()
+}
+
+fn axis_names(axes: &[Axis], shape: &[usize]) -> Vec<String> {
+    if axes.len() == shape.len() {
+        return axes.iter().map(|a| a.name().to_owned()).collect();
+    }
+    (0..shape.len()).map(|at| format!("axis_{at}")).collect()
+}
+
+/// Checks of the certificate that did not hold for what was asked.
+fn notes(info: &ModelInfo, names: &[String]) -> Vec<String> {
+    info.certificate
+        .failed()
+        .filter(|c| names.contains(&c.subject))
+        .map(|c| format!("\"{}\" failed its check \"{}\" on load", c.subject, c.name))
+        .collect()
+}
