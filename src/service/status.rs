@@ -166,6 +166,9 @@ mod tests {
             "\u{0}".repeat(100_000),
         ));
         assert!(status.message().len() <= 1024);
-        assert!(status.details().len() < 4096, "clients refuse headers above 8 KiB");
+        assert!(
+            status.details().len() < 4096,
+            "clients refuse headers above 8 KiB"
+        );
     }
 }
