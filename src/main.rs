@@ -1,13 +1,7 @@
-//! The `introspectd` binary.
+//! The `introspectd` binary. Everything is in the library: see [`introspectd::cli`].
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    match std::env::args().nth(1).as_deref() {
-        Some("worker") => introspectd::worker::main(),
-        _ => {
-            eprintln!("introspectd: unknown command: the one command is \"worker\"");
-            ExitCode::FAILURE
-        }
-    }
+    introspectd::cli::main()
 }

@@ -19,6 +19,7 @@ mod limits;
 mod load;
 mod native;
 mod pick;
+mod probe;
 mod run;
 pub mod runtime;
 mod sandbox;

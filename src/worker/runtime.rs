@@ -220,7 +220,7 @@ fn usable(file: &Path) -> Result<String, String> {
 }
 
 /// Folders in which the library is looked for, in order.
-fn folders() -> Vec<PathBuf> {
+pub(super) fn folders() -> Vec<PathBuf> {
     let mut folders = Vec::new();
     if let Ok(exe) = env::current_exe()
         && let Some(folder) = exe.parent()

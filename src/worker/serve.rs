@@ -17,6 +17,7 @@ use std::{
 use super::{
     failure,
     load::{LoadError, Loaded},
+    probe,
     runtime::NO_TELEMETRY,
     sandbox,
     variants::Variants,
@@ -47,6 +48,9 @@ pub fn main() -> ExitCode {
             .exec();
         eprintln!("introspectd worker: cannot start again without telemetry: {why}");
         return ExitCode::FAILURE;
+    }
+    if env::args_os().nth(2).is_some_and(|a| a == probe::FLAG) {
+        return probe::main();
     }
     let socket = match rustix::io::dup(io::stdin()) {
         Ok(fd) => UnixStream::from(fd),

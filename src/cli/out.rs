@@ -1,0 +1,234 @@
+//! Where the commands write: standard output for results, standard error for what is said about them.
+//!
+//! Colour only on a terminal and without `NO_COLOR`; lines fit the terminal's width; text of others loses control characters.
+
+use std::{
+    fs,
+    io::{self, IsTerminal as _, Write as _},
+    os::unix::fs::PermissionsExt as _,
+    path::Path,
+};
+
+use comfy_table::{ContentArrangement, Table, presets};
+
+use super::{error::CliError, picture::terminal};
+
+/// Narrowest terminal that is taken seriously.
+const NARROWEST: usize = 40;
+
+/// Writes to standard output, at once.
+pub(super) fn print(text: &str) -> Result<(), CliError> {
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    out.flush()?;
+    Ok(())
+}
+
+/// Writes to standard error; when that is closed there is nobody to tell.
+pub(super) fn warn(text: &str) {
+    let _ = io::stderr().lock().write_all(text.as_bytes());
+}
+
+/// Writes a JSON value to standard output, as people read it on a terminal and in one line otherwise.
+pub(super) fn print_json(value: &serde_json::Value) -> Result<(), CliError> {
+    let text = if io::stdout().is_terminal() {
+        format!("{value:#}\n")
+    } else {
+        format!("{value}\n")
+    };
+    print(&text)
+}
+
+/// Columns of the terminal; nothing when standard output is none, and lines may be as long as they are.
+pub(super) fn width() -> Option<usize> {
+    let stdout = io::stdout();
+    if !stdout.is_terminal() {
+        return None;
+    }
+    let told = std::env::var("COLUMNS").ok().and_then(|c| c.parse().ok());
+    let asked = || {
+        let size = rustix::termios::tcgetwinsize(&stdout).ok()?;
+        Some(usize::from(size.ws_col)).filter(|c| *c > 0)
+    };
+    Some(told.or_else(asked).unwrap_or(80).max(NARROWEST))
+}
+
+/// Text of others: control characters become visible, line breaks stay.
+pub(super) fn clean(text: &str) -> String {
+    text.chars()
+        .map(|c| {
+            if c.is_control() && c != '\n' {
+                '\u{fffd}'
+            } else {
+                c
+            }
+        })
+        .collect()
+}
+
+/// Emphasis, where the reader can see it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Paint(bool);
+
+impl Paint {
+    /// For standard output.
+    pub(super) fn of_stdout() -> Self {
+        Paint(terminal::Style::of_stdout() == terminal::Style::Colour)
+    }
+
+    fn wrap(self, code: &str, text: &str) -> String {
+        if self.0 {
+            format!("\x1b[{code}m{text}\x1b[0m")
+        } else {
+            text.to_owned()
+        }
+    }
+
+    /// Of headings.
+    pub(super) fn bold(self, text: &str) -> String {
+        self.wrap("1", text)
+    }
+
+    /// Of what matters less.
+    pub(super) fn dim(self, text: &str) -> String {
+        self.wrap("2", text)
+    }
+
+    /// Of what is well.
+    pub(super) fn good(self, text: &str) -> String {
+        self.wrap("32", text)
+    }
+
+    /// Of what may not be well.
+    pub(super) fn doubtful(self, text: &str) -> String {
+        self.wrap("33", text)
+    }
+
+    /// Of what is not.
+    pub(super) fn bad(self, text: &str) -> String {
+        self.wrap("31", text)
+    }
+}
+
+/// A table with a line under its heading that fits the terminal. Cells are cleaned.
+pub(super) fn table(heading: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
+    let mut table = Table::new();
+    table.load_preset(presets::NOTHING);
+    if let Some(width) = width() {
+        table
+            .set_content_arrangement(ContentArrangement::Dynamic)
+            .set_width(u16::try_from(width).unwrap_or(u16::MAX));
+    } else {
+        table.set_content_arrangement(ContentArrangement::Disabled);
+    }
+    let paint = Paint::of_stdout();
+    table.set_header(heading.iter().map(|h| h.to_uppercase()));
+    for row in rows {
+        table.add_row(row.iter().map(|cell| clean(cell)));
+    }
+    table
+        .lines()
+        .enumerate()
+        .map(|(i, line)| {
+            let line = line.trim_end();
+            let line = if i == 0 {
+                paint.dim(line)
+            } else {
+                line.to_owned()
+            };
+            format!("{line}\n")
+        })
+        .collect()
+}
+
+/// Writes a file whole: under another name first, then moved into place.
+pub(super) fn write_file(path: &Path, bytes: &[u8]) -> Result<(), CliError> {
+    let folder = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        Some(_) | None => Path::new("."),
+    };
+    let write = || -> io::Result<()> {
+        let mut file = tempfile::Builder::new()
+            .prefix(".introspectd-")
+            .permissions(fs::Permissions::from_mode(0o666)) // less the umask
+            .tempfile_in(folder)?;
+        file.write_all(bytes)?;
+        file.persist(path).map_err(|e| e.error)?;
+        Ok(())
+    };
+    write().map_err(|e| {
+        // The name of the temporary file means nothing to anybody.
+        let why = e.raw_os_error().map_or(e, io::Error::from_raw_os_error);
+        CliError::new(format!("cannot write \"{}\": {why}", path.display()))
+            .advise("choose another place with -o, or make room")
+    })
+}
+
+/// Bytes for people.
+pub(super) fn bytes(n: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    #[allow(clippy::cast_precision_loss)] // for people
+    let mut value = n as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 {
+        format!("{n} B")
+    } else {
+        format!("{value:.1} {}", UNITS[unit])
+    }
+}
+
+/// Seconds for people.
+pub(super) fn seconds(s: f64) -> String {
+    if s < 0.001 {
+        format!("{:.0} µs", s * 1e6)
+    } else if s < 1.0 {
+        format!("{:.1} ms", s * 1e3)
+    } else {
+        format!("{s:.2} s")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_carry_no_control_characters_of_others() {
+        let text = table(
+            &["name", "why"],
+            [vec!["a\x1b[2J".to_owned(), "b".to_owned()]],
+        );
+        assert!(!text.contains('\x1b'), "{text:?}");
+        assert!(text.starts_with(" NAME"), "{text:?}");
+    }
+
+    #[test]
+    fn a_file_is_written_whole_or_not_at_all() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.json");
+        write_file(&path, b"one").unwrap();
+        write_file(&path, b"two").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"two");
+        assert_eq!(
+            fs::read_dir(folder.path()).unwrap().count(),
+            1,
+            "no leftovers"
+        );
+        let error = write_file(&folder.path().join("no/such/folder.json"), b"x").unwrap_err();
+        assert!(format!("{error:?}").contains("cannot write"), "{error:?}");
+    }
+
+    #[test]
+    fn units_change_where_people_expect_it() {
+        assert_eq!(bytes(1023), "1023 B");
+        assert_eq!(bytes(1536), "1.5 KiB");
+        assert_eq!(bytes(u64::MAX), "16777216.0 TiB");
+        assert_eq!(seconds(0.0000012), "1 µs");
+        assert_eq!(seconds(0.0123), "12.3 ms");
+        assert_eq!(seconds(2.5), "2.50 s");
+    }
+}
