@@ -4,9 +4,10 @@ use std::{net::SocketAddr, path::Path, time::Duration};
 
 use clap::{Args as _, Command, FromArgMatches as _};
 
-use super::error::CliError;
+use super::{error::CliError, out::clean};
 use crate::{
     config::{Config, Flags},
+    model::Repository,
     service::{Daemon, Setup},
     shutdown::Shutdown,
     telemetry::recorder::Recorder,
@@ -32,6 +33,7 @@ impl Local {
             ..from_environment()
         };
         let config = resolve(&flags)?;
+        look(models, only)?;
         Self::serve(config, Some(only.to_owned()), None, Shutdown::default()).await
     }
 
@@ -68,6 +70,26 @@ impl Local {
     pub(super) async fn stop(self) {
         self.shutdown.drain.cancel();
         let _ = tokio::time::timeout(GRACE, self.daemon.finished()).await;
+    }
+}
+
+/// Tells what is wrong with a model's folder before anything is started.
+fn look(models: &Path, name: &str) -> Result<(), CliError> {
+    let shown = models.display();
+    let found = Repository::open(models)
+        .map_err(|e| CliError::new(format!("cannot read the folder \"{shown}\": {e}")))?
+        .find(name);
+    match found {
+        Ok(Some(_)) => Ok(()),
+        Ok(None) => Err(CliError::new(format!(
+            "there is no model \"{}\" in \"{shown}\"",
+            clean(name)
+        ))
+        .advise("a model is a folder with model.onnx or onnx/model.onnx in it")),
+        Err(why) => Err(CliError::new(format!(
+            "\"{}\" in \"{shown}\" is no model: {why}",
+            clean(name)
+        ))),
     }
 }
 

@@ -30,7 +30,7 @@ use select::{OtherArgs, SelectionArgs, TextArgs};
 /// Hook points of pictures, unless others are named.
 const PICTURED: &[&str] = &["pattern"];
 /// Hook points of files, unless others are named: attentions and hidden states.
-const FILED: &[&str] = &["pattern", "hook_embed_out", "resid_post"];
+const FILED: &[&str] = &["pattern", "hidden_states.*"];
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -41,9 +41,9 @@ Examples:
   All heads as a page or a picture:
     introspectd capture demo \"This movie was fantastic!\" -o movie.html
   The mean hidden state of each layer, in half precision:
-    introspectd capture demo \"Not bad.\" --hooks resid_post --pooling mean --dtype f16 -o mean.npz
+    introspectd capture demo \"Not bad.\" --hooks 'hidden_states.*' --pooling mean --dtype f16 -o mean.npz
   The ten strongest neurons of the last position:
-    introspectd capture demo \"Not bad.\" --hooks mlp.post --positions=-1 --top-k 10 --by-magnitude -o neurons.json
+    introspectd capture demo \"Not bad.\" --hooks post --positions=-1 --top-k 10 --by-magnitude -o neurons.json
   Every line of a file, sparse attention, one JSON object a line:
     introspectd capture demo --text-file texts.txt --sparse -o texts.jsonl
   A model on this disk, without a daemon:

@@ -30,17 +30,19 @@ pub(super) fn page(
     let paint = Paint::of_stdout();
     let mut text = String::new();
     let header = &captured.header;
+    let length = match header.tokens.len() {
+        0 => "tensors".to_owned(),
+        n => format!("{n} tokens"),
+    };
+    let facts = format!(
+        "{}, {length}, generation {}, {}",
+        header.task, header.generation, header.provider
+    );
     let _ = writeln!(
         text,
         "{}  {}",
         paint.bold(&clean(&header.model)),
-        paint.dim(&format!(
-            "{}, {} tokens, generation {}, {}",
-            header.task,
-            header.tokens.len(),
-            header.generation,
-            header.provider
-        ))
+        paint.dim(&clean(&facts))
     );
     if let Some(prediction) = &captured.prediction {
         let _ = write!(text, "\n{}", self::prediction(prediction, captured));
