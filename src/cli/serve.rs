@@ -1,57 +1,51 @@
-//! `serve`: the life of the daemon. Settings, log, metrics, listeners, drain.
+//! `serve`: the life of the daemon, from its settings to the last worker's end.
 
-use std::{io::IsTerminal as _, time::Duration};
-
-use super::{error::CliError, local, out};
 use crate::{
-    config::Flags,
+    config::{Config, Flags},
     service::{Daemon, Setup},
     shutdown::Shutdown,
     telemetry::{log, recorder::Recorder},
 };
 
+use super::error::CliError;
+
 pub(super) const EXAMPLES: &str = "\
 Examples:
-  introspectd serve --models ./models
-  introspectd serve --models ./models --listen 127.0.0.1:0 --log introspectd=debug
-  introspectd serve --config /etc/introspectd.toml
-  INTROSPECTD_MODELS=/models INTROSPECTD_LOG_FORMAT=json introspectd serve
-SIGTERM and Ctrl-C drain: nothing new is taken, what is open finishes within --grace. A second one ends at once.";
+  Serve every model of ./models on 127.0.0.1:50061, with metrics on 127.0.0.1:9464:
+    introspectd serve --models ./models
+  In production, settings in a file, the log for programs:
+    introspectd serve --config /etc/introspectd.toml --log-format json
+  Where others can reach it (put a proxy with TLS in front):
+    introspectd serve --models ./models --listen 0.0.0.0:50061
+The configuration file has the names of the flags with underscores:
+    models = \"/srv/models\"
+    batch_tokens = 4096
+Precedence: flag, environment variable, file, default.
+SIGTERM or Ctrl-C drains: open calls finish within the grace. A second one ends at once.";
 
-/// Beyond the grace, what the end itself may take.
-const END: Duration = Duration::from_secs(10);
-
-/// Runs the daemon until it is asked to stop.
+/// Serves until a signal, and all is down.
 pub(super) async fn run(flags: &Flags) -> Result<(), CliError> {
-    let config = local::resolve(flags)?;
+    let config = Config::resolve(flags).map_err(|e| CliError::new(e.to_string()))?;
     log::init(config.log_format, &config.log);
     let recorder = Recorder::install()
-        .map_err(|e| CliError::new(format!("the metrics cannot be set up: {e}")))?;
-    tokio::spawn(recorder.clone().upkeep());
+        .map_err(|e| CliError::new(format!("metrics cannot be recorded: {e}")))?;
     let shutdown = Shutdown::on_signals()
-        .map_err(|e| CliError::new(format!("cannot listen for signals: {e}")))?;
-    let limit = config.grace + END;
+        .map_err(|e| CliError::new(format!("signals cannot be handled: {e}")))?;
     let setup = Setup {
         recorder: Some(recorder),
         ..Setup::new(config)
     };
-    let daemon = Daemon::start(setup, shutdown.clone())
+    let daemon = Daemon::start(setup, shutdown)
         .await
-        .map_err(|e| CliError::new(e.to_string()).advise("`introspectd doctor` looks closer"))?;
-    let admin = daemon
-        .admin_address()
-        .map_or("off".to_owned(), |a| format!("http://{a}"));
-    tracing::info!(grpc = %daemon.address(), admin, "listening");
-    if std::io::stdout().is_terminal() {
-        out::print(&format!(
-            "gRPC on {}, admin {admin}. Ctrl-C drains.\n",
-            daemon.address()
-        ))?;
-    }
-    shutdown.drain.cancelled().await;
-    tokio::select! {
-        () = daemon.finished() => Ok(()),
-        () = shutdown.force.cancelled() => Err(CliError::new("ended at once, as asked; open calls were cut")),
-        () = tokio::time::sleep(limit) => Err(CliError::new("the end took longer than its grace")),
-    }
+        .map_err(|e| CliError::new(e.to_string()))?;
+    let admin = daemon.admin_address().map(|a| a.to_string());
+    tracing::info!(
+        grpc = %daemon.address(),
+        admin = admin.as_deref().unwrap_or("off"),
+        models = %daemon.registry().root().display(),
+        version = env!("CARGO_PKG_VERSION"),
+        "introspectd serves"
+    );
+    daemon.finished().await;
+    Ok(())
 }

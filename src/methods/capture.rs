@@ -176,6 +176,8 @@ struct Output {
     pick: PickSpec,
     /// Whether all of it was brought, not only the places.
     whole: bool,
+    /// Whether it is sent: not when it was asked for as a hook point too.
+    sent: bool,
 }
 
 /// Checks a question, estimates its answer and puts its row into the queue.
@@ -208,7 +210,10 @@ pub async fn start(
         .iter()
         .map(|p| want(&info, p, &selection, length))
         .collect::<Result<Vec<_>, _>>()?;
-    let output = output(&info, &selection, &prepared, length);
+    let mut output = output(&info, &selection, &prepared, length);
+    if let Some(output) = &mut output {
+        output.sent = wanted.iter().all(|w| w.name != output.pick.output);
+    }
     let estimate = estimate(&info, &points, &wanted, output.as_ref(), length, &selection);
     if estimate.brought > terms.max_bytes {
         return Err(EngineError::exhausted(
@@ -249,7 +254,8 @@ pub async fn start(
         .submit(job, ctx)
         .await
         .map_err(|e| input::at_field(e, field))?;
-    let sends = output.as_ref().map(|o| o.pick.output.clone());
+    let sends = output.iter().filter(|o| o.sent);
+    let sends = sends.map(|o| o.pick.output.clone());
     Ok(Started {
         names: wanted.iter().map(|w| w.name.clone()).chain(sends).collect(),
         estimated_bytes: estimate.sent,
@@ -304,11 +310,13 @@ impl Started {
                 predict::spell(&self.handle, &mut read, ctx).await?;
                 prediction = Some(read);
             }
-            items.push(Item {
-                axes: axis_names(&output.axes, scores.shape()),
-                content: Content::Dense(as_asked(scores, self.dtype)?),
-                name: output.pick.output,
-            });
+            if output.sent {
+                items.push(Item {
+                    axes: axis_names(&output.axes, scores.shape()),
+                    content: Content::Dense(as_asked(scores, self.dtype)?),
+                    name: output.pick.output,
+                });
+            }
         }
         timings.reduce += begun.elapsed();
         Ok(Captured {
@@ -502,6 +510,7 @@ fn output(
             ..PickSpec::default()
         },
         whole,
+        sent: true,
         places,
     })
 }
@@ -566,6 +575,7 @@ fn estimate(
         }
     }
     if let Some(output) = output
+        && output.sent
         && let Some(value) = info.output(&output.pick.output)
     {
         add(value, &output.pick, None);

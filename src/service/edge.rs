@@ -65,7 +65,7 @@ impl Edge {
             Ok(deadline) => deadline,
             Err(error) => return self.refuse(&error, open),
         };
-        if deadline.is_some_and(|d| d <= arrived) {
+        if deadline.is_some_and(|d| d <= Instant::now()) {
             return self.refuse(&EngineError::DeadlineExceeded, open);
         }
         // tonic would answer it in its own way.
@@ -255,6 +255,27 @@ mod tests {
             "1.5S",
         ] {
             assert_eq!(parse(bad), None, "{bad}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_timeout_that_is_over_or_malformed_is_answered_at_once() {
+        let edge = Edge::new(Routes::default(), Stalls::new(Duration::from_secs(1)));
+        for (timeout, code) in [
+            ("0S", Code::DeadlineExceeded),
+            ("1n", Code::DeadlineExceeded),
+            ("1x", Code::InvalidArgument),
+            ("123456789S", Code::InvalidArgument),
+            ("99999999H", Code::Unimplemented),
+        ] {
+            let request = Request::builder()
+                .uri("/nobody/Asks")
+                .header(TIMEOUT, timeout)
+                .body(tonic::body::Body::empty())
+                .unwrap();
+            let response = edge.answer(Arc::from("test"), request).await;
+            let status = Status::from_header_map(response.headers()).unwrap();
+            assert_eq!(status.code(), code, "{timeout}");
         }
     }
 
