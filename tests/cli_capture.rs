@@ -174,6 +174,16 @@ async fn every_kind_of_file_is_what_its_ending_says() {
         .ok();
     let json: Value = serde_json::from_slice(&std::fs::read(path("a.json")).unwrap()).unwrap();
     let tokens = json["tokens"].as_array().unwrap().len();
+    let printed = server
+        .run(&["capture", MODEL, "some text", "--json"])
+        .await
+        .ok()
+        .out;
+    let printed: Value = serde_json::from_str(&printed).unwrap();
+    assert_eq!(
+        printed["tensors"], json["tensors"],
+        "the same on standard output"
+    );
     let pattern = &json["tensors"]["blocks.0.attn.hook_pattern"];
     assert_eq!(pattern["shape"], serde_json::json!([4, tokens, tokens]));
     let first_row: f64 = pattern["data"][0][0]

@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, path::Path, time::Duration};
 
 use clap::{Args as _, Command, FromArgMatches as _};
+use indicatif::{ProgressBar, ProgressFinish};
 
 use super::{error::CliError, out::clean};
 use crate::{
@@ -13,6 +14,8 @@ use crate::{
     telemetry::recorder::Recorder,
 };
 
+/// How often the sign of life of a load moves.
+const TICK: Duration = Duration::from_millis(80);
 /// How long the daemon may take to end.
 const GRACE: Duration = Duration::from_secs(5);
 
@@ -44,6 +47,12 @@ impl Local {
         recorder: Option<Recorder>,
         shutdown: Shutdown,
     ) -> Result<Self, CliError> {
+        let spinner = ProgressBar::new_spinner().with_finish(ProgressFinish::AndClear);
+        spinner.set_message(match &only {
+            Some(model) => format!("loading \"{}\" in this process", clean(model)),
+            None => "starting the daemon, loading its models".into(),
+        });
+        spinner.enable_steady_tick(TICK);
         let setup = Setup {
             only,
             recorder,
@@ -53,6 +62,7 @@ impl Local {
             CliError::new(e.to_string()).advise("`introspectd doctor` looks closer")
         })?;
         daemon.settled().await;
+        spinner.finish_and_clear();
         Ok(Self { daemon, shutdown })
     }
 

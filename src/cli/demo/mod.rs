@@ -12,7 +12,6 @@ use std::{
 };
 
 use clap::Args;
-use indicatif::ProgressBar;
 
 use super::{
     assemble::{Captured, Data},
@@ -86,13 +85,10 @@ pub(super) async fn run(args: &DemoArgs) -> Result<(), CliError> {
     let shutdown = Shutdown::on_signals()
         .map_err(|e| CliError::new(format!("cannot listen for signals: {e}")))?;
     let repository = repository()?;
-    let spinner = ProgressBar::new_spinner().with_message("starting the daemon, loading the model");
-    spinner.enable_steady_tick(std::time::Duration::from_millis(80));
     let local = tokio::select! {
         started = start(repository.path(), shutdown.clone()) => started,
         () = shutdown.drain.cancelled() => return Err(CliError::Told),
     };
-    spinner.finish_and_clear();
     let local = local?;
 
     let shown = tokio::select! {
