@@ -3,15 +3,19 @@
 use std::{net::SocketAddr, path::Path, time::Duration};
 
 use clap::{Args as _, Command, FromArgMatches as _};
+use indicatif::{ProgressBar, ProgressFinish};
 
-use super::error::CliError;
+use super::{error::CliError, out::clean};
 use crate::{
     config::{Config, Flags},
+    model::Repository,
     service::{Daemon, Setup},
     shutdown::Shutdown,
     telemetry::recorder::Recorder,
 };
 
+/// How often the sign of life of a load moves.
+const TICK: Duration = Duration::from_millis(80);
 /// How long the daemon may take to end.
 const GRACE: Duration = Duration::from_secs(5);
 
@@ -32,6 +36,7 @@ impl Local {
             ..from_environment()
         };
         let config = resolve(&flags)?;
+        look(models, only)?;
         Self::serve(config, Some(only.to_owned()), None, Shutdown::default()).await
     }
 
@@ -42,6 +47,12 @@ impl Local {
         recorder: Option<Recorder>,
         shutdown: Shutdown,
     ) -> Result<Self, CliError> {
+        let spinner = ProgressBar::new_spinner().with_finish(ProgressFinish::AndClear);
+        spinner.set_message(match &only {
+            Some(model) => format!("loading \"{}\" in this process", clean(model)),
+            None => "starting the daemon, loading its models".into(),
+        });
+        spinner.enable_steady_tick(TICK);
         let setup = Setup {
             only,
             recorder,
@@ -51,6 +62,7 @@ impl Local {
             CliError::new(e.to_string()).advise("`introspectd doctor` looks closer")
         })?;
         daemon.settled().await;
+        spinner.finish_and_clear();
         Ok(Self { daemon, shutdown })
     }
 
@@ -68,6 +80,26 @@ impl Local {
     pub(super) async fn stop(self) {
         self.shutdown.drain.cancel();
         let _ = tokio::time::timeout(GRACE, self.daemon.finished()).await;
+    }
+}
+
+/// Tells what is wrong with a model's folder before anything is started.
+fn look(models: &Path, name: &str) -> Result<(), CliError> {
+    let shown = models.display();
+    let found = Repository::open(models)
+        .map_err(|e| CliError::new(format!("cannot read the folder \"{shown}\": {e}")))?
+        .find(name);
+    match found {
+        Ok(Some(_)) => Ok(()),
+        Ok(None) => Err(CliError::new(format!(
+            "there is no model \"{}\" in \"{shown}\"",
+            clean(name)
+        ))
+        .advise("a model is a folder with model.onnx or onnx/model.onnx in it")),
+        Err(why) => Err(CliError::new(format!(
+            "\"{}\" in \"{shown}\" is no model: {why}",
+            clean(name)
+        ))),
     }
 }
 

@@ -9,7 +9,7 @@ use std::{
     path::Path,
 };
 
-use comfy_table::{ContentArrangement, Table, presets};
+use comfy_table::{ColumnConstraint, ContentArrangement, Table, presets};
 
 use super::{error::CliError, picture::terminal};
 
@@ -114,17 +114,16 @@ impl Paint {
 pub(super) fn table(heading: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_preset(presets::NOTHING);
-    if let Some(width) = width() {
-        table
-            .set_content_arrangement(ContentArrangement::Dynamic)
-            .set_width(u16::try_from(width).unwrap_or(u16::MAX));
-    } else {
-        table.set_content_arrangement(ContentArrangement::Disabled);
-    }
     let paint = Paint::of_stdout();
     table.set_header(heading.iter().map(|h| h.to_uppercase()));
     for row in rows {
         table.add_row(row.iter().map(|cell| clean(cell)));
+    }
+    match width() {
+        Some(width) => fit(&mut table, width),
+        None => {
+            table.set_content_arrangement(ContentArrangement::Disabled);
+        }
     }
     table
         .lines()
@@ -141,19 +140,45 @@ pub(super) fn table(heading: &[&str], rows: impl IntoIterator<Item = Vec<String>
         .collect()
 }
 
-/// Writes a file whole: under another name first, then moved into place.
+/// Breaks lines where the terminal ends, but not the names in the first column, unless they leave too little to the others.
+fn fit(table: &mut Table, width: usize) {
+    table
+        .set_content_arrangement(ContentArrangement::Dynamic)
+        .set_width(u16::try_from(width).unwrap_or(u16::MAX));
+    let names = table.column_max_content_widths().first().copied();
+    if names.is_some_and(|n| usize::from(n) <= width / 2)
+        && let Some(column) = table.column_mut(0)
+    {
+        column.set_constraint(ColumnConstraint::ContentWidth);
+    }
+}
+
+/// Writes a file whole: under another name first, then moved into place. What is no regular file (a pipe, a device) is written to.
 pub(super) fn write_file(path: &Path, bytes: &[u8]) -> Result<(), CliError> {
-    let folder = match path.parent() {
+    let exists = fs::metadata(path);
+    let in_place = exists.as_ref().is_ok_and(|m| !m.is_file());
+    // A link stays one; what it leads to is written.
+    let target = match exists {
+        Ok(_) => fs::canonicalize(path).unwrap_or_else(|_| path.to_owned()),
+        Err(_) => path.to_owned(),
+    };
+    let folder = match target.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         Some(_) | None => Path::new("."),
     };
     let write = || -> io::Result<()> {
+        if in_place {
+            return fs::OpenOptions::new()
+                .write(true)
+                .open(path)?
+                .write_all(bytes);
+        }
         let mut file = tempfile::Builder::new()
             .prefix(".introspectd-")
             .permissions(fs::Permissions::from_mode(0o666)) // less the umask
             .tempfile_in(folder)?;
         file.write_all(bytes)?;
-        file.persist(path).map_err(|e| e.error)?;
+        file.persist(&target).map_err(|e| e.error)?;
         Ok(())
     };
     write().map_err(|e| {
@@ -217,6 +242,17 @@ mod tests {
             fs::read_dir(folder.path()).unwrap().count(),
             1,
             "no leftovers"
+        );
+        let link = folder.path().join("link.json");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        write_file(&link, b"three").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"three");
+        assert!(link.is_symlink(), "a link stays one");
+        write_file(Path::new("/dev/null"), b"gone").unwrap();
+        assert!(!fs::metadata("/dev/null").unwrap().is_file());
+        assert!(
+            write_file(folder.path(), b"x").is_err(),
+            "a folder is no file"
         );
         let error = write_file(&folder.path().join("no/such/folder.json"), b"x").unwrap_err();
         assert!(format!("{error:?}").contains("cannot write"), "{error:?}");

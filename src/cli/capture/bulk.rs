@@ -60,14 +60,14 @@ pub(super) async fn run(args: &CaptureArgs, file: &Path) -> Result<(), CliError>
     let result = receive(&session, queue, &mut sink, &bar).await;
     bar.finish_and_clear();
     session.close().await;
-    let failed = result?;
+    let (answered, failed) = result?;
     // The stream has ended, so nobody waits for lines any more.
     lines
         .await
         .map_err(|_| CliError::new("reading the texts was interrupted"))??;
     sink.close()?;
     if failed > 0 {
-        out::warn(&format!("{failed} texts failed\n"));
+        out::warn(&format!("{failed} of {} texts failed\n", answered + failed));
         return Err(CliError::Told);
     }
     Ok(())
@@ -159,13 +159,13 @@ fn send(
     Ok(())
 }
 
-/// Takes every answer; gives the number of texts that failed.
+/// Takes every answer; gives how many texts were answered and how many failed.
 async fn receive(
     session: &Session,
     queue: mpsc::Receiver<CaptureStreamRequest>,
     sink: &mut Sink,
     bar: &ProgressBar,
-) -> Result<u64, CliError> {
+) -> Result<(u64, u64), CliError> {
     let mut stream = session
         .captures()
         .capture_stream(ReceiverStream::new(queue))
@@ -200,7 +200,7 @@ async fn receive(
                     return Err(broken("its summary counts other texts than came"));
                 }
                 return match stream.message().await? {
-                    None => Ok(failed),
+                    None => Ok((answered, failed)),
                     Some(_) => Err(broken("it goes on after its summary")),
                 };
             }

@@ -30,7 +30,7 @@ use select::{OtherArgs, SelectionArgs, TextArgs};
 /// Hook points of pictures, unless others are named.
 const PICTURED: &[&str] = &["pattern"];
 /// Hook points of files, unless others are named: attentions and hidden states.
-const FILED: &[&str] = &["pattern", "hook_embed_out", "resid_post"];
+const FILED: &[&str] = &["pattern", "hidden_states.*"];
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -41,9 +41,11 @@ Examples:
   All heads as a page or a picture:
     introspectd capture demo \"This movie was fantastic!\" -o movie.html
   The mean hidden state of each layer, in half precision:
-    introspectd capture demo \"Not bad.\" --hooks resid_post --pooling mean --dtype f16 -o mean.npz
+    introspectd capture demo \"Not bad.\" --hooks 'hidden_states.*' --pooling mean --dtype f16 -o mean.npz
   The ten strongest neurons of the last position:
-    introspectd capture demo \"Not bad.\" --hooks mlp.post --positions=-1 --top-k 10 --by-magnitude -o neurons.json
+    introspectd capture demo \"Not bad.\" --hooks post --positions=-1 --top-k 10 --by-magnitude -o neurons.json
+  For other programs:
+    introspectd capture demo \"Not bad.\" --hooks 'attentions.0' --json | jq '.tensors | keys'
   Every line of a file, sparse attention, one JSON object a line:
     introspectd capture demo --text-file texts.txt --sparse -o texts.jsonl
   A model on this disk, without a daemon:
@@ -79,6 +81,9 @@ pub(super) struct CaptureArgs {
     /// Write a file in place of the terminal: .npz, .json, .png or .html
     #[arg(long, short, value_name = "FILE", help_heading = "Output")]
     output: Option<PathBuf>,
+    /// Print JSON in place of pictures
+    #[arg(long, conflicts_with_all = ["output", "text_file"], help_heading = "Output")]
+    json: bool,
     #[command(flatten)]
     target: Target,
 }
@@ -131,7 +136,11 @@ pub(super) async fn run(args: &CaptureArgs) -> Result<(), CliError> {
         Some(input) => input,
         None => args.texts.input(args.text.as_deref().unwrap_or_default()),
     };
-    let hooks = kind.map_or(PICTURED, Kind::hooks);
+    let hooks = match kind {
+        Some(kind) => kind.hooks(),
+        None if args.json => FILED,
+        None => PICTURED,
+    };
     let (session, model) = Session::for_model(&args.target, &args.model).await?;
     let request = CaptureRequest {
         model,
@@ -155,6 +164,7 @@ pub(super) async fn run(args: &CaptureArgs) -> Result<(), CliError> {
             ));
             Ok(())
         }
+        _ if args.json => out::print_json(&json::whole(&captured)?),
         _ => {
             let attention = view::attention(&captured, &heads)?;
             out::print(&show::page(

@@ -18,6 +18,8 @@ use crate::{
 const MAPS: usize = 4;
 /// Columns that a heat map's labels take.
 const LABELS: usize = 19;
+/// Rows of a heat map that a terminal scrolls through without harm.
+const PAGE: usize = 64;
 /// Most positions of a prediction that are printed.
 const PLACES: usize = 200;
 
@@ -30,17 +32,19 @@ pub(super) fn page(
     let paint = Paint::of_stdout();
     let mut text = String::new();
     let header = &captured.header;
+    let length = match header.tokens.len() {
+        0 => "tensors".to_owned(),
+        n => format!("{n} tokens"),
+    };
+    let facts = format!(
+        "{}, {length}, generation {}, {}",
+        header.task, header.generation, header.provider
+    );
     let _ = writeln!(
         text,
         "{}  {}",
         paint.bold(&clean(&header.model)),
-        paint.dim(&format!(
-            "{}, {} tokens, generation {}, {}",
-            header.task,
-            header.tokens.len(),
-            header.generation,
-            header.provider
-        ))
+        paint.dim(&clean(&facts))
     );
     if let Some(prediction) = &captured.prediction {
         let _ = write!(text, "\n{}", self::prediction(prediction, captured));
@@ -89,7 +93,7 @@ pub(in crate::cli) fn prediction(prediction: &Prediction, captured: &Captured) -
             ]
         })
     });
-    let mut text = out::table(&["at", "prediction", "probability", "logit", ""], rows);
+    let mut text = out::table(&["at", "prediction", "prob", "logit", ""], rows);
     if prediction.at.len() > PLACES {
         let _ = writeln!(
             text,
@@ -101,8 +105,8 @@ pub(in crate::cli) fn prediction(prediction: &Prediction, captured: &Captured) -
 }
 
 fn bar(probability: f32) -> String {
-    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // 0 to 20; NaN is 0
-    let filled = (probability.clamp(0.0, 1.0) * 20.0).round() as usize;
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // 0 to 12; NaN is 0
+    let filled = (probability.clamp(0.0, 1.0) * 12.0).round() as usize;
     "█".repeat(filled)
 }
 
@@ -158,11 +162,11 @@ fn queries(attention: &Attention, positions: &[i32], rows: usize) -> Vec<String>
         .collect()
 }
 
-/// A heat map, cut to the columns and as many rows as fit the terminal.
+/// A heat map, cut to the columns that fit the terminal and to a page of rows.
 pub(in crate::cli) fn map(tokens: &[String], pattern: ndarray::ArrayView2<'_, f32>) -> String {
     let fits = out::width().map_or(usize::MAX, |w| w.saturating_sub(LABELS) / 2);
     let (rows, columns) = (pattern.nrows(), pattern.ncols());
-    let (shown_rows, shown) = (rows.min(fits), columns.min(fits));
+    let (shown_rows, shown) = (rows.min(fits.max(PAGE)), columns.min(fits));
     let cut = pattern.slice(s![..shown_rows, ..shown]);
     let mut text = terminal::heat_map(tokens, cut, terminal::Style::of_stdout());
     if shown < columns || shown_rows < rows {

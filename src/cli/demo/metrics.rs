@@ -18,7 +18,7 @@ pub(super) async fn summary(admin: SocketAddr, model: &str) -> String {
 fn told(page: &str, model: &str) -> String {
     let mut text = String::new();
     let mut line = |name: &str, value: String| {
-        let _ = writeln!(text, "  {name:<44} {value}");
+        let _ = writeln!(text, "  {name:<52} {value}");
     };
     if let Some((count, mean)) = mean(page, names::EXPLANATION_DURATION, &[("model", model)]) {
         line(

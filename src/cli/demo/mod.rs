@@ -12,7 +12,6 @@ use std::{
 };
 
 use clap::Args;
-use indicatif::ProgressBar;
 
 use super::{
     assemble::{Captured, Data},
@@ -86,13 +85,10 @@ pub(super) async fn run(args: &DemoArgs) -> Result<(), CliError> {
     let shutdown = Shutdown::on_signals()
         .map_err(|e| CliError::new(format!("cannot listen for signals: {e}")))?;
     let repository = repository()?;
-    let spinner = ProgressBar::new_spinner().with_message("starting the daemon, loading the model");
-    spinner.enable_steady_tick(std::time::Duration::from_millis(80));
     let local = tokio::select! {
         started = start(repository.path(), shutdown.clone()) => started,
         () = shutdown.drain.cancelled() => return Err(CliError::Told),
     };
-    spinner.finish_and_clear();
     let local = local?;
 
     let shown = tokio::select! {
@@ -188,7 +184,7 @@ async fn show(args: &DemoArgs, local: &Local, began: Instant) -> Result<(), CliE
     );
     text.push_str(&map(&attention, layer, head)?);
     section(&mut text, paint, "Hidden states");
-    text.push_str(&hidden_states(&captured)?);
+    text.push_str(&hidden_states(&captured, &model)?);
     section(&mut text, paint, "Files");
     text.push_str(&files(&args.out, &attention)?);
     if let Some(admin) = local.admin_address() {
@@ -216,9 +212,7 @@ fn request(text: &str) -> CaptureRequest {
             })),
         }),
         selection: Some(Selection {
-            hooks: ["hook_embed_out", "pattern", "resid_post"]
-                .map(String::from)
-                .to_vec(),
+            hooks: ["pattern", "hidden_states.*"].map(String::from).to_vec(),
             ..Default::default()
         }),
     }
@@ -305,7 +299,7 @@ fn map(attention: &Attention, layer: usize, head: usize) -> Result<String, CliEr
 }
 
 /// A line for each: how long the vector of the first token is and how far the layer moved it.
-fn hidden_states(captured: &Captured) -> Result<String, CliError> {
+fn hidden_states(captured: &Captured, model: &Model) -> Result<String, CliError> {
     let mut rows = Vec::new();
     for named in &captured.tensors {
         let Data::Dense(tensor) = &named.data else {
@@ -321,8 +315,11 @@ fn hidden_states(captured: &Captured) -> Result<String, CliError> {
         let norm = |v: &[f32]| v.iter().map(|x| x * x).sum::<f32>().sqrt();
         #[allow(clippy::cast_precision_loss)] // a mean for people
         let mean = values.chunks(width.max(1)).map(norm).sum::<f32>() / tokens.max(1) as f32;
+        let aliases = model.hooks.iter().find(|h| h.name == named.name);
+        let alias = aliases.and_then(|h| h.aliases.iter().find(|a| a.starts_with("hidden_states")));
         rows.push(vec![
             named.name.clone(),
+            alias.cloned().unwrap_or_default(),
             named.axes.join(", "),
             format!("{tokens} x {width}"),
             tensor.dtype().to_string(),
@@ -330,7 +327,7 @@ fn hidden_states(captured: &Captured) -> Result<String, CliError> {
         ]);
     }
     Ok(out::table(
-        &["name", "axes", "shape", "type", "mean length"],
+        &["name", "also", "axes", "shape", "type", "mean length"],
         rows,
     ))
 }
@@ -381,7 +378,7 @@ fn commands(address: SocketAddr, text: &str, layer: usize, head: usize) -> Strin
     format!(
         "  {me} capture {NAME} {quoted} -o demo.npz{server}\n  \
          {me} inspect {NAME}{server}\n  \
-         {me} capture {NAME} {quoted} --hooks mlp.post --top-k 5 --by-magnitude{server}\n  \
+         {me} capture {NAME} {quoted} --hooks post --top-k 5 --by-magnitude{server}\n  \
          grpcurl -plaintext -d {json} {address} introspect.v1.CaptureService/Capture\n"
     )
 }

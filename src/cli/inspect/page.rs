@@ -118,7 +118,10 @@ fn sizes(model: &Model) -> String {
     let mut parts = vec![format!("{} layers", dims.layers)];
     for (name, value) in [
         ("heads", dims.heads),
-        ("key and value heads", dims.kv_heads),
+        (
+            "key and value heads",
+            dims.kv_heads.filter(|n| Some(*n) != dims.heads),
+        ),
         ("d_model", dims.d_model),
         ("d_head", dims.d_head),
         ("d_mlp", dims.d_mlp),
