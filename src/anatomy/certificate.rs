@@ -29,7 +29,12 @@ pub fn within(
     Check {
         name: name.to_owned(),
         passed: measured <= tolerance,
-        measured,
+        // What cannot be compared is as far off as can be written down.
+        measured: if measured.is_finite() {
+            measured
+        } else {
+            f64::MAX
+        },
         tolerance,
         tolerance_name: tolerance_name.to_owned(),
         subject: subject.to_owned(),

@@ -1,6 +1,7 @@
 //! From a folder to a model that serves: read, unfuse, find the anatomy by trial runs, certify.
 
 use std::{
+    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::Instant,
@@ -20,7 +21,7 @@ use super::{
     weights::SharedWeights,
 };
 use crate::{
-    anatomy::{self, Anatomy, Trace, Trials},
+    anatomy::{self, Anatomy, Trace, Trials, certificate::LOGITS, normalise},
     ipc::{
         info::{
             Certificate, HookInfo, InputInfo, LoadStage, Missing, ModelInfo, TokenizerInfo,
@@ -145,7 +146,7 @@ impl Loaded {
                 .to_string_lossy()
                 .into_owned(),
         };
-        let normal = plain.clone();
+        let (normal, unfused) = clock.stage("unfuse", || unfused(&plain));
         // The plain session is built once here: a model that the runtime refuses must not load.
         let mut plain_session = clock
             .stage("session", || bench.session(&plain, Effort::Full))
@@ -154,7 +155,7 @@ impl Loaded {
         // A model that no trial fits still serves plain predicts: its anatomy is then read from nothing, and says so.
         let (trials, unseen) = clock.stage("trials", || observe(&bench, &normal, &trace));
         let mut anatomy = clock.stage("anatomy", || anatomy::read(&normal, &trace, &trials));
-        let mut notes: Vec<String> = anatomy.notes.clone();
+        let mut notes = anatomy.notes.clone();
         if let Some(reason) = unseen {
             anatomy.hooks.clear();
             anatomy.missing = vec![Missing {
@@ -169,6 +170,15 @@ impl Loaded {
                 Vec::new()
             }
         });
+        // Without its fusions it must compute what the file computes, or nothing that it shows is the file's.
+        if !unfused.is_empty() && checks.iter().any(|c| c.name == LOGITS && !c.passed) {
+            anatomy.hooks.clear();
+            anatomy.missing = vec![Missing {
+                hook: "*".to_owned(),
+                reason: "without its fused operators the model answers differently".to_owned(),
+            }];
+        }
+        notes.extend(unfused);
         let divisions = plain.graph.integer_divisions().len();
         if divisions > 0 {
             notes.push(format!(
@@ -192,6 +202,7 @@ impl Loaded {
             .map_err(LoadError::bad)?;
         let info = describe(Description {
             plain: &plain,
+            normal: &normal,
             anatomy: &anatomy,
             config,
             tokenizer: tokenizer.as_ref().map(Tokenizer::info),
@@ -281,6 +292,45 @@ impl Loaded {
     }
 }
 
+/// The model that rewrites start from: without the fusions that can be undone, and what there is to say about them. One whose fusions
+/// cannot be undone at all stays as it is.
+fn unfused(plain: &Model) -> (Model, Vec<String>) {
+    let unfused = match normalise::unfuse(plain) {
+        Ok(unfused) => unfused,
+        Err(why) => {
+            return (
+                plain.clone(),
+                vec![format!("fused operators stay as they are: {why}")],
+            );
+        }
+    };
+    let mut notes = Vec::new();
+    if !unfused.replaced.is_empty() {
+        let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+        for replaced in &unfused.replaced {
+            *counts.entry(&replaced.op).or_default() += 1;
+        }
+        let counts: Vec<String> = counts.iter().map(|(op, n)| format!("{n} {op}")).collect();
+        notes.push(format!("unfused for looking inside: {}", counts.join(", ")));
+    }
+    // One line for all nodes that stay for the same reason.
+    let mut left: BTreeMap<(&str, &str), Vec<&str>> = BTreeMap::new();
+    for stays in &unfused.left {
+        left.entry((&stays.op, &stays.reason))
+            .or_default()
+            .push(&stays.node);
+    }
+    for ((op, reason), nodes) in left {
+        let first = nodes[0];
+        let others = match nodes.len() - 1 {
+            0 => String::new(),
+            n => format!(" and {n} more"),
+        };
+        notes.push(format!("{op} \"{first}\"{others} stays fused: {reason}"));
+    }
+    (unfused.model, notes)
+}
+
 fn open_folder(path: &Path, options: &LoadOptions) -> Result<Folder, LoadError> {
     let inside = options
         .repository
@@ -360,6 +410,7 @@ fn trial(
 
 struct Description<'a> {
     plain: &'a Model,
+    normal: &'a Model,
     anatomy: &'a Anatomy,
     config: ModelConfig,
     tokenizer: Option<TokenizerInfo>,
@@ -372,7 +423,12 @@ struct Description<'a> {
 }
 
 fn describe(d: Description<'_>) -> ModelInfo {
-    let Description { plain, anatomy, .. } = d;
+    let Description {
+        plain,
+        normal,
+        anatomy,
+        ..
+    } = d;
     ModelInfo {
         name: String::new(),
         fingerprint: plain
@@ -423,11 +479,11 @@ fn describe(d: Description<'_>) -> ModelInfo {
                 name: h.name.clone(),
                 aliases: h.aliases.clone(),
                 layer: h.layer,
-                value: plain
+                value: normal
                     .graph
                     .values()
                     .find(|v| *v == h.value)
-                    .map(|v| plain.graph.name(v).to_owned())
+                    .map(|v| normal.graph.name(v).to_owned())
                     .unwrap_or_default(),
                 axes: h.axes.clone(),
                 dims: h.dims.clone(),

@@ -135,9 +135,12 @@ impl Case {
             attributes: self.attributes.clone(),
             outputs: self.outputs.len(),
         });
-        for (value, _) in made.iter().zip(&self.outputs).filter(|(_, read)| **read) {
+        let read = made.iter().zip(&self.outputs).filter(|(_, read)| **read);
+        let read: Vec<ValueId> = read.map(|(value, _)| *value).collect();
+        for value in &read {
             patch.output(*value);
         }
+        patch.keep_outputs(&read);
         let graph = patch.apply().unwrap();
         (base.with_graph(graph), fed)
     }
@@ -217,14 +220,26 @@ pub fn same(what: &str, a: &Tensor, b: &Tensor, tolerance: f64) {
     assert!(off <= tolerance, "{what}: {off} apart");
 }
 
-/// A model without nodes, of a standard operator set and the runtime's first one.
+/// A model of a standard operator set and the runtime's first one whose only output is its input, for a patch to replace.
 fn empty(opset: u8) -> Model {
-    // ir_version 9; opset_import {version}; opset_import {domain, version 1}; graph {name "g"}
+    // ir_version 9; opset_import {version}; opset_import {domain, version 1}
     let mut bytes = vec![0x08, 9, 0x42, 2, 0x10, opset];
     let domain = RUNTIME.as_bytes();
     let length = u8::try_from(domain.len()).unwrap();
     bytes.extend([0x42, length + 4, 0x0a, length]);
     bytes.extend(domain);
-    bytes.extend([0x10, 1, 0x3a, 3, 0x12, 1, b'g']);
+    bytes.extend([0x10, 1]);
+    // name "x", type {tensor_type {elem_type FLOAT, shape {dim {dim_value 1}}}}
+    let x = [
+        0x0a, 1, b'x', 0x12, 10, 0x0a, 8, 0x08, 1, 0x12, 4, 0x0a, 2, 0x08, 1,
+    ];
+    // graph {name "g", input x, output x}
+    let mut graph = vec![0x12, 1, b'g'];
+    for port in [0x5a, 0x62] {
+        graph.extend([port, u8::try_from(x.len()).unwrap()]);
+        graph.extend(x);
+    }
+    bytes.extend([0x3a, u8::try_from(graph.len()).unwrap()]);
+    bytes.extend(graph);
     Model::parse(bytes.into(), &Limits::default()).unwrap()
 }
