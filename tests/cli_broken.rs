@@ -2,19 +2,19 @@
 
 mod cli_support;
 
-use std::{net::SocketAddr, pin::Pin, time::Duration};
+use std::{collections::HashSet, net::SocketAddr, pin::Pin, time::Duration};
 
 use bytes::Bytes;
 use cli_support::run;
 use futures::{Stream, stream};
 use introspectd::service::wire::introspect::{
     CaptureHeader, CaptureRequest, CaptureResponse, CaptureStreamRequest, CaptureStreamResponse,
-    DType, StreamSummary, Summary, Tensor,
+    DType, Failure, StreamSummary, Summary, Tensor,
     capture_response::Item,
     capture_service_server::{CaptureService, CaptureServiceServer},
     capture_stream_response::Answer,
 };
-use tokio_stream::wrappers::TcpListenerStream;
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Request, Response, Status, Streaming, transport::Server};
 
 type Messages<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -125,12 +125,17 @@ impl CaptureService for Liar {
         Ok(Response::new(Box::pin(stream::iter(answer(fault)))))
     }
 
-    /// Answers the first request and sums up a stream of two.
+    /// Of the model `Busy`, each text at its second try. Of others, the first text, and then a summary of two.
     async fn capture_stream(
         &self,
         request: Request<Streaming<CaptureStreamRequest>>,
     ) -> Result<Response<Self::CaptureStreamStream>, Status> {
         let mut requests = request.into_inner();
+        let first = requests.message().await?;
+        let asked = first.clone().and_then(|r| r.request).unwrap_or_default();
+        if asked.model == "Busy" {
+            return Ok(Response::new(Box::pin(busy(first, requests))));
+        }
         let id = requests.message().await?.map(|r| r.id).unwrap_or_default();
         let mut messages: Vec<_> = answer(Fault::None)
             .into_iter()
@@ -153,6 +158,59 @@ impl CaptureService for Liar {
         }));
         Ok(Response::new(Box::pin(stream::iter(messages))))
     }
+}
+
+/// Fails every text at its first try, with advice to retry; `never` at every try, without.
+fn busy(
+    first: Option<CaptureStreamRequest>,
+    mut requests: Streaming<CaptureStreamRequest>,
+) -> impl Stream<Item = Result<CaptureStreamResponse, Status>> + Send {
+    let (sender, receiver) = tokio::sync::mpsc::channel(64);
+    tokio::spawn(async move {
+        let mut tried = HashSet::new();
+        let mut summary = StreamSummary::default();
+        let mut next = first;
+        while let Some(request) = next {
+            let id = request.id;
+            let never = format!("{:?}", request.request).contains("never");
+            let mut answers = Vec::new();
+            if never || tried.insert(id.clone()) {
+                summary.failed += 1;
+                summary.messages += 1;
+                answers.push(Answer::Failure(Failure {
+                    code: 14,
+                    message: "not yet".into(),
+                    retry_after_seconds: (!never).then_some(0.05),
+                    ..Failure::default()
+                }));
+            } else {
+                summary.answered += 1;
+                for message in answer(Fault::None) {
+                    let message = message.unwrap();
+                    summary.messages += 1;
+                    if let Some(Item::Tensor(t)) = &message.item {
+                        summary.bytes += t.data.len() as u64;
+                        summary.crc32c = crc32c::crc32c_append(summary.crc32c, &t.data);
+                    }
+                    answers.push(Answer::Capture(message));
+                }
+            }
+            for a in answers {
+                let message = CaptureStreamResponse {
+                    id: id.clone(),
+                    answer: Some(a),
+                };
+                sender.send(Ok(message)).await.unwrap();
+            }
+            next = requests.message().await.unwrap();
+        }
+        let end = CaptureStreamResponse {
+            id: String::new(),
+            answer: Some(Answer::Summary(summary)),
+        };
+        sender.send(Ok(end)).await.unwrap();
+    });
+    ReceiverStream::new(receiver)
 }
 
 async fn liar() -> SocketAddr {
@@ -218,4 +276,44 @@ async fn a_bulk_stream_that_does_not_add_up_is_refused() {
     })
     .await
     .unwrap();
+}
+
+/// Texts that the daemon cannot take now are sent again; what fails for good is told once.
+#[tokio::test(flavor = "multi_thread")]
+async fn texts_are_sent_again_when_the_daemon_says_so() {
+    let server = format!("http://{}", liar().await);
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let (texts, out) = (path("texts.txt"), path("out.jsonl"));
+    let many: String = (0..200).map(|i| format!("text {i}\n")).collect();
+    std::fs::write(&texts, many + "never\n").unwrap();
+    let ran = tokio::task::spawn_blocking({
+        let out = out.clone();
+        move || {
+            run(&[
+                "capture",
+                "Busy",
+                "--text-file",
+                &texts,
+                "--server",
+                &server,
+                "-o",
+                &out,
+            ])
+        }
+    })
+    .await
+    .unwrap()
+    .failed(1, "line 201: not yet");
+    assert_eq!(ran.err.matches("not yet").count(), 1, "{ran:?}");
+    let lines: HashSet<u64> = std::fs::read_to_string(out)
+        .unwrap()
+        .lines()
+        .map(|l| {
+            serde_json::from_str::<serde_json::Value>(l).unwrap()["line"]
+                .as_u64()
+                .unwrap()
+        })
+        .collect();
+    assert_eq!(lines, (1..=200).collect());
 }
