@@ -1,18 +1,25 @@
 //! Many texts over one stream, each answer written as it comes.
 //!
-//! Lines are read while answers arrive, a bounded number ahead; blank lines are passed over. An answer is known by the number of its
-//! line, from 1. A text that fails is told on standard error, and the others go on; the command then fails at its end.
+//! Lines are read while answers arrive, with a bounded number under way; blank lines are passed over. An answer is known by the number of
+//! its line, from 1. A text that fails with advice to retry (its model is being loaded, the daemon is full) is sent again
+//! after the pause that the daemon asks for, and nothing else meanwhile. One that fails for good is told on standard error, and the
+//! others go on; the command then fails at its end.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     fs::{self, File},
     io::{self, BufRead as _, BufReader, BufWriter, Read, Write as _},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use tokio::sync::mpsc;
+use tokio::{
+    sync::mpsc,
+    time::{Instant, sleep_until},
+};
 use tokio_stream::wrappers::ReceiverStream;
+use tonic::Streaming;
 
 use super::{CaptureArgs, FILED, json, npz, watched};
 use crate::{
@@ -23,13 +30,21 @@ use crate::{
         out::{self, clean},
     },
     service::wire::introspect::{
-        CaptureRequest, CaptureStreamRequest, CaptureStreamResponse, Selection,
+        CaptureRequest, CaptureStreamRequest, CaptureStreamResponse, Failure,
         capture_stream_response::Answer,
     },
 };
 
-/// Lines that are read ahead of the stream.
-const AHEAD: usize = 64;
+/// Texts under way at the same time: sent, and not answered in full.
+const UNDER_WAY: usize = 64;
+/// Lines that are read before there is room to send them.
+const AHEAD: usize = 16;
+/// A text is sent again for so long after its first failure.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// Shortest pause before a text is sent again.
+const PAUSE: Duration = Duration::from_millis(100);
+/// Failures that are told one by one; more are counted.
+const TOLD: u64 = 20;
 /// Longest line in bytes; what the daemon takes as a text is less.
 const LINE_LIMIT: u64 = 1 << 20;
 
@@ -48,21 +63,21 @@ pub(super) async fn run(args: &CaptureArgs, file: &Path) -> Result<(), CliError>
     let (session, model) = Session::for_model(&args.target, &args.model).await?;
     let selection = args.selection.selection(FILED);
     let bar = bar(count(file));
-    let (texts, queue) = mpsc::channel(AHEAD);
-    let lines = tokio::task::spawn_blocking({
-        let args = args.clone();
-        move || {
-            send(reader, &texts, |text| {
-                request(&args, &model, &selection, text)
-            })
-        }
-    });
-    let result = receive(&session, queue, &mut sink, &bar).await;
+    let (lines, queue) = mpsc::channel(AHEAD);
+    let reading = tokio::task::spawn_blocking(move || read(reader, &lines));
+    let request = |text: &str| CaptureRequest {
+        model: model.clone(),
+        input: Some(args.texts.input(text)),
+        selection: Some(selection.clone()),
+    };
+    let mut bulk = Bulk::new(&mut sink, bar.clone());
+    let result = bulk.run(&session, queue, request).await;
+    let (answered, failed) = (bulk.answered, bulk.failed);
     bar.finish_and_clear();
     session.close().await;
-    let (answered, failed) = result?;
+    result?;
     // The stream has ended, so nobody waits for lines any more.
-    lines
+    reading
         .await
         .map_err(|_| CliError::new("reading the texts was interrupted"))??;
     sink.close()?;
@@ -71,14 +86,6 @@ pub(super) async fn run(args: &CaptureArgs, file: &Path) -> Result<(), CliError>
         return Err(CliError::Told);
     }
     Ok(())
-}
-
-fn request(args: &CaptureArgs, model: &str, selection: &Selection, text: &str) -> CaptureRequest {
-    CaptureRequest {
-        model: model.to_owned(),
-        input: Some(args.texts.input(text)),
-        selection: Some(selection.clone()),
-    }
 }
 
 fn open(file: &Path) -> Result<Box<dyn Read + Send>, CliError> {
@@ -120,12 +127,16 @@ fn bar(length: Option<u64>) -> ProgressBar {
     bar
 }
 
-/// Sends every line. Ends early when nobody takes them any more.
-fn send(
-    reader: impl Read,
-    texts: &mpsc::Sender<CaptureStreamRequest>,
-    request: impl Fn(&str) -> CaptureRequest,
-) -> Result<(), CliError> {
+/// A line of the file.
+struct Line {
+    number: u64,
+    text: String,
+    /// When it failed for the first time with advice to retry.
+    first_failure: Option<Instant>,
+}
+
+/// Reads every line. Ends early when nobody takes them any more.
+fn read(reader: impl Read, lines: &mpsc::Sender<Line>) -> Result<(), CliError> {
     let mut reader = BufReader::new(reader);
     for number in 1u64.. {
         let mut line = Vec::new();
@@ -148,61 +159,165 @@ fn send(
         if text.trim().is_empty() {
             continue;
         }
-        let message = CaptureStreamRequest {
-            id: number.to_string(),
-            request: Some(request(text)),
+        let line = Line {
+            number,
+            text: text.to_owned(),
+            first_failure: None,
         };
-        if texts.blocking_send(message).is_err() {
+        if lines.blocking_send(line).is_err() {
             break;
         }
     }
     Ok(())
 }
 
-/// Takes every answer; gives how many texts were answered and how many failed.
-async fn receive(
-    session: &Session,
-    queue: mpsc::Receiver<CaptureStreamRequest>,
-    sink: &mut Sink,
-    bar: &ProgressBar,
-) -> Result<(u64, u64), CliError> {
-    let mut stream = session
-        .captures()
-        .capture_stream(ReceiverStream::new(queue))
-        .await?
-        .into_inner();
-    let mut answers: HashMap<String, Assembler> = HashMap::new();
-    let mut tally = Tally::default();
-    let (mut answered, mut failed) = (0u64, 0u64);
-    let broken = |why: &str| CliError::new(format!("the answer is broken: {why}"));
-    while let Some(CaptureStreamResponse { id, answer }) = stream.message().await? {
+/// A text that was sent.
+struct Sent {
+    line: Line,
+    answer: Assembler,
+}
+
+/// The state of the stream.
+struct Bulk<'a> {
+    sink: &'a mut Sink,
+    bar: ProgressBar,
+    /// By the id on the wire.
+    under_way: HashMap<String, Sent>,
+    /// To be sent again, once the pause is over.
+    again: VecDeque<Line>,
+    paused_until: Instant,
+    tally: Tally,
+    /// Failures that came, those included that are sent again.
+    failures: u64,
+    answered: u64,
+    failed: u64,
+}
+
+fn broken(why: &str) -> CliError {
+    CliError::new(format!("the answer is broken: {why}"))
+}
+
+impl<'a> Bulk<'a> {
+    fn new(sink: &'a mut Sink, bar: ProgressBar) -> Self {
+        Self {
+            sink,
+            bar,
+            under_way: HashMap::new(),
+            again: VecDeque::new(),
+            paused_until: Instant::now(),
+            tally: Tally::default(),
+            failures: 0,
+            answered: 0,
+            failed: 0,
+        }
+    }
+
+    /// Sends every line and takes every answer.
+    async fn run(
+        &mut self,
+        session: &Session,
+        mut lines: mpsc::Receiver<Line>,
+        request: impl Fn(&str) -> CaptureRequest,
+    ) -> Result<(), CliError> {
+        // As many as may be under way: sending never waits.
+        let (requests, queue) = mpsc::channel(UNDER_WAY);
+        let mut requests = Some(requests);
+        let mut client = session.captures();
+        let opening = client.capture_stream(ReceiverStream::new(queue));
+        tokio::pin!(opening);
+        let mut stream = None;
+        let mut all_read = false;
+        loop {
+            let sender = requests.as_ref();
+            let room = self.under_way.len() < UNDER_WAY && sender.is_some();
+            let paused = self.paused_until > Instant::now();
+            if room
+                && !paused
+                && let Some(line) = self.again.pop_front()
+            {
+                self.send(line, sender, &request);
+                continue;
+            }
+            if all_read && self.again.is_empty() && self.under_way.is_empty() {
+                requests = None; // closes our side
+            }
+            tokio::select! {
+                line = lines.recv(), if room && !paused && !all_read => match line {
+                    Some(line) => self.send(line, requests.as_ref(), &request),
+                    None => all_read = true,
+                },
+                () = sleep_until(self.paused_until), if paused => {}
+                opened = &mut opening, if stream.is_none() => stream = Some(opened?.into_inner()),
+                message = next(&mut stream) => match message? {
+                    Some(message) => {
+                        if self.take(message)? {
+                            break;
+                        }
+                    }
+                    None => return Err(broken("the stream ended without its summary")),
+                },
+            }
+        }
+        match next(&mut stream).await? {
+            None => Ok(()),
+            Some(_) => Err(broken("it goes on after its summary")),
+        }
+    }
+
+    fn send(
+        &mut self,
+        line: Line,
+        requests: Option<&mpsc::Sender<CaptureStreamRequest>>,
+        request: impl Fn(&str) -> CaptureRequest,
+    ) {
+        let id = line.number.to_string();
+        let message = CaptureStreamRequest {
+            id: id.clone(),
+            request: Some(request(&line.text)),
+        };
+        // When nobody takes requests any more, the stream ends with the reason, which is told then.
+        if let Some(requests) = requests {
+            let _ = requests.try_send(message);
+        }
+        self.under_way.insert(
+            id,
+            Sent {
+                line,
+                answer: Assembler::default(),
+            },
+        );
+    }
+
+    /// Takes a message; whether it was the last.
+    fn take(&mut self, message: CaptureStreamResponse) -> Result<bool, CliError> {
+        let CaptureStreamResponse { id, answer } = message;
         match answer {
             Some(Answer::Capture(message)) => {
-                tally.count(&payload(&message));
-                if let Some(captured) = answers.entry(id.clone()).or_default().take(message)? {
-                    answers.remove(&id);
-                    answered += 1;
-                    sink.write(&id, &captured)?;
-                    bar.inc(1);
+                self.tally.count(&payload(&message));
+                let sent = self.under_way.get_mut(&id);
+                let sent = sent.ok_or_else(|| broken("it answers what was not asked"))?;
+                if let Some(captured) = sent.answer.take(message)? {
+                    self.under_way.remove(&id);
+                    self.answered += 1;
+                    self.sink.write(&id, &captured)?;
+                    self.bar.inc(1);
                 }
             }
             Some(Answer::Failure(failure)) => {
-                tally.count(&[]);
-                answers.remove(&id);
-                failed += 1;
-                let line = format!("line {}: {}\n", clean(&id), clean(&failure.message));
-                bar.suspend(|| out::warn(&line));
-                bar.inc(1);
+                self.tally.count(&[]);
+                self.failures += 1;
+                let sent = self.under_way.remove(&id);
+                let sent = sent.ok_or_else(|| broken("it answers what was not asked"))?;
+                self.failure(sent.line, &failure);
             }
-            Some(Answer::Summary(summary)) => {
-                tally.check(summary.messages, summary.bytes, summary.crc32c)?;
-                if (summary.answered, summary.failed) != (answered, failed) || !answers.is_empty() {
+            Some(Answer::Summary(s)) => {
+                self.tally.check(s.messages, s.bytes, s.crc32c)?;
+                if (s.answered, s.failed) != (self.answered, self.failures)
+                    || !self.under_way.is_empty()
+                {
                     return Err(broken("its summary counts other texts than came"));
                 }
-                return match stream.message().await? {
-                    None => Ok((answered, failed)),
-                    Some(_) => Err(broken("it goes on after its summary")),
-                };
+                return Ok(true);
             }
             None => {
                 return Err(broken(
@@ -210,8 +325,44 @@ async fn receive(
                 ));
             }
         }
+        Ok(false)
     }
-    Err(broken("the stream ended without its summary"))
+
+    fn failure(&mut self, mut line: Line, failure: &Failure) {
+        let now = Instant::now();
+        let first = *line.first_failure.get_or_insert(now);
+        let retry = failure
+            .retry_after_seconds
+            .and_then(|s| Duration::try_from_secs_f64(s).ok())
+            .filter(|pause| now + *pause < first + PATIENCE);
+        if let Some(pause) = retry {
+            self.paused_until = self.paused_until.max(now + pause.max(PAUSE));
+            self.again.push_back(line);
+            return;
+        }
+        self.failed += 1;
+        let text = match self.failed.cmp(&TOLD) {
+            std::cmp::Ordering::Less | std::cmp::Ordering::Equal => {
+                format!("line {}: {}\n", line.number, clean(&failure.message))
+            }
+            std::cmp::Ordering::Greater if self.failed == TOLD + 1 => {
+                "more failures are only counted\n".to_owned()
+            }
+            std::cmp::Ordering::Greater => String::new(),
+        };
+        self.bar.suspend(|| out::warn(&text));
+        self.bar.inc(1);
+    }
+}
+
+/// The next message, once the stream is open.
+async fn next(
+    stream: &mut Option<Streaming<CaptureStreamResponse>>,
+) -> Result<Option<CaptureStreamResponse>, CliError> {
+    match stream {
+        Some(stream) => Ok(stream.message().await?),
+        None => std::future::pending().await,
+    }
 }
 
 impl Sink {

@@ -2,7 +2,7 @@
 //!
 //! Floats are f32 whatever type they travelled in (numpy has no bf16), f64 and integers stay as they are. A sparse tensor NAME is four
 //! arrays: `NAME.shape`, `NAME.counts` (per row), `NAME.indices` and `NAME.values` (rows after each other). Beside the tensors:
-//! `token_ids` [pos], `token_offsets` [pos, 2] (bytes of the text), and `meta`, the rest as UTF-8 bytes of JSON:
+//! `token_ids` (pos), `token_offsets` (pos, 2) (bytes of the text), and `meta`, the rest as UTF-8 bytes of JSON:
 //! `json.loads(f["meta"].tobytes())`.
 
 use std::io::Cursor;

@@ -23,7 +23,7 @@ pub(in crate::cli) struct TextArgs {
     /// Second text of a pair
     #[arg(long, value_name = "TEXT")]
     pub(in crate::cli) pair: Option<String>,
-    /// Do not add special tokens such as [CLS]
+    /// Do not add special tokens such as `[CLS]`
     #[arg(long)]
     pub(in crate::cli) no_special_tokens: bool,
     /// Cut off what exceeds the model's limit, in place of an error
