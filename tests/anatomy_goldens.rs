@@ -16,20 +16,19 @@ use introspectd::{
     onnx::Model,
     tensor::Tensor,
 };
-use support::{Named, captured, dissect, distance, fixtures, open, reference, reference_inputs};
+use support::{
+    Named, captured, dissect, distance, fixtures, open, reference, reference_inputs, unfused,
+};
 
 /// Same mathematics by other operators.
 const REWRITTEN: f64 = 1e-4;
 /// Same operators in another batch.
 const CLOSE: f64 = 1e-5;
 
-/// Fixtures whose attention is one fused node: they are read after unfusing.
-fn is_fused(model: &Model) -> bool {
-    model
-        .graph
-        .nodes()
-        .any(|(_, n)| n.is("Attention") || n.domain == "com.microsoft")
-}
+/// Half precision, as the fixture's derivation allows it.
+const HALF: f64 = 2e-2;
+/// Eight bits, likewise.
+const INT8: f64 = 0.3;
 
 struct Case {
     folder: PathBuf,
@@ -47,18 +46,16 @@ fn cases() -> &'static [Case] {
 fn all() -> Vec<Case> {
     fixtures()
         .into_iter()
-        .filter_map(|folder| {
+        .map(|folder| {
             let model = open(&folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
-            if is_fused(&model) {
-                return None;
-            }
+            let model = unfused(&model);
             let anatomy = dissect(&model).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
-            Some(Case {
+            Case {
                 reference: reference(&folder),
                 folder,
                 model,
                 anatomy,
-            })
+            }
         })
         .collect()
 }
@@ -67,7 +64,7 @@ fn case(name: &str) -> Case {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("tests/fixtures/models")
         .join(name);
-    let model = open(&folder).unwrap();
+    let model = unfused(&open(&folder).unwrap());
     Case {
         anatomy: dissect(&model).unwrap(),
         reference: reference(&folder),
@@ -83,6 +80,15 @@ impl Case {
             .unwrap()
             .to_string_lossy()
             .into_owned()
+    }
+
+    /// How far from PyTorch's float32 numbers it may be.
+    fn tolerance(&self) -> f64 {
+        match self.name().as_str() {
+            "bert.int8" => INT8,
+            "bert.half" => HALF,
+            _ => REWRITTEN,
+        }
     }
 
     fn inputs(&self) -> Vec<(String, Tensor)> {
@@ -135,11 +141,11 @@ fn every_hidden_state_and_attention_equals_pytorch() {
         let made = case.captured(&hooks, true);
         for (hook, expected) in wanted {
             let off = distance(&made[&hook], expected);
-            assert!(off <= REWRITTEN, "{} {hook}: off by {off:.1e}", case.name());
+            assert!(off <= case.tolerance(), "{} {hook}: off by {off:.1e}", case.name());
         }
         let logits = distance(&made["logits"], &case.reference["logits"]);
         assert!(
-            logits <= REWRITTEN,
+            logits <= case.tolerance(),
             "{} logits: off by {logits:.1e}",
             case.name()
         );
@@ -251,11 +257,16 @@ fn a_row_of_a_batch_is_what_it_is_alone() {
             .into_iter()
             .map(|(n, t)| (n, row(&t, 1)))
             .collect();
+        if case.anatomy.rows_interact {
+            assert_eq!(case.name(), "bert.int8", "nobody else shares a range");
+            continue;
+        }
         let single = captured(&case.model, &case.anatomy, &hooks, true, &alone)
             .unwrap_or_else(|e| panic!("{}: {e}", case.name()));
         for (name, whole) in &made {
             let off = distance(&single[name], &row(whole, 1));
-            assert!(off <= CLOSE, "{} {name}: off by {off:.1e}", case.name());
+            let close = if case.name() == "bert.half" { HALF } else { CLOSE };
+            assert!(off <= close, "{} {name}: off by {off:.1e}", case.name());
         }
     }
 }
@@ -268,7 +279,8 @@ fn padding_is_seen_to_be_invisible_where_a_mask_hides_it() {
             .inputs
             .iter()
             .any(|i| i.role == InputRole::AttentionMask);
-        assert_eq!(case.anatomy.pads, masked, "{}", case.name());
+        let pads = masked && !case.anatomy.rows_interact;
+        assert_eq!(case.anatomy.pads, pads, "{}", case.name());
     }
 }
 

@@ -23,7 +23,8 @@ use std::collections::{HashMap, VecDeque};
 use super::{
     flow::Flow,
     ops::{
-        is_copy, is_layout, is_projection, is_scale, is_shift, live_product, only_source, walk_back,
+        dequantises, is_copy, is_layout, is_projection, is_scale, is_shift, live_product,
+        only_source, walk_back,
     },
 };
 use crate::onnx::{Node, NodeId, ValueId};
@@ -241,7 +242,8 @@ pub(super) fn origins(flow: &Flow<'_>, value: ValueId) -> Vec<ValueId> {
     chain
 }
 
-/// As [`origins`], but a projection's bias belongs to it: what lies behind the bias is left out.
+/// As [`origins`], but a projection's bias belongs to it, and so does the scale that makes floats of a quantised one's integers: what
+/// lies behind is left out.
 fn operand_origins(flow: &Flow<'_>, value: ValueId) -> Vec<ValueId> {
     let mut chain = origins(flow, value);
     let biased = chain.iter().position(|v| {
@@ -252,10 +254,15 @@ fn operand_origins(flow: &Flow<'_>, value: ValueId) -> Vec<ValueId> {
                 walk_back(flow, source, is_copy)
                     .last()
                     .and_then(|o| flow.maker(*o))
-                    .is_some_and(|(_, n)| is_projection(flow, n))
+                    .is_some_and(|(_, n)| is_projection(flow, n) || dequantises(flow, n))
             })
     });
-    if let Some(at) = biased {
+    let scaled = || {
+        chain
+            .iter()
+            .position(|v| flow.maker(*v).is_some_and(|(_, n)| dequantises(flow, n)))
+    };
+    if let Some(at) = biased.or_else(scaled) {
         chain.truncate(at + 1);
     }
     chain

@@ -1,6 +1,6 @@
 //! Data flow from the embedding to the output, and who dominates whom on it.
 //!
-//! `Shape` and `Size` carry no data, so masks, position ids and rotary tables do not count as flowing from the
+//! `Shape` and `Size` carry no data, nor does the range that values are quantised by, so masks, position ids and rotary tables do not count as flowing from the
 //! embedding. A value *dominates* another when every path from the start to the other passes it, and
 //! *post-dominates* it when every path from the other to the output does. The graph is acyclic and its nodes are in
 //! topological order, so both trees come out of one sweep each (the simple algorithm of Cooper, Harvey and Kennedy
@@ -70,6 +70,12 @@ fn carries_no_data(node: &Node) -> bool {
     node.is("Shape") || node.is("Size")
 }
 
+/// Whether an output of a node is the range that its data were quantised by, not the data. Products of quantised values are scaled by
+/// it, as floats are by a constant.
+fn is_range(node: &Node, place: usize) -> bool {
+    node.is("DynamicQuantizeLinear") && place > 0
+}
+
 impl<'g> Flow<'g> {
     /// The flow from `start` to `output`; nothing when no data flows there.
     pub(super) fn new(graph: &'g Graph, start: ValueId, output: ValueId) -> Option<Self> {
@@ -85,9 +91,11 @@ impl<'g> Flow<'g> {
                     parent = Some(parent.map_or(v, |p| dominators.common(p, v)));
                 }
             }
-            for v in node.outputs.iter().flatten() {
+            for (place, v) in node.outputs.iter().enumerate() {
+                let Some(v) = v else { continue };
                 order[v.index()] = at;
                 if *v != start
+                    && !is_range(node, place)
                     && let Some(parent) = parent
                 {
                     live[v.index()] = true;

@@ -70,6 +70,8 @@ pub struct Anatomy {
     pub pads: bool,
     /// Rows that a run must have, when the model runs with no other number.
     pub fixed_batch: Option<usize>,
+    /// Whether rows of a run change each other's answers.
+    pub rows_interact: bool,
     /// Tokens that a row must have, when the model runs with no other number.
     pub fixed_length: Option<usize>,
     /// Remarks for people.

@@ -95,7 +95,7 @@ pub(super) fn lookups(graph: &Graph) -> Vec<Lookup> {
             {
                 found.push(Lookup {
                     input,
-                    output,
+                    output: dequantized(graph, output),
                     rows,
                     direct,
                     tied: graph.consumers(table).len() > 1,
@@ -113,6 +113,16 @@ pub(super) fn lookups(graph: &Graph) -> Vec<Lookup> {
         }
     }
     found
+}
+
+/// What a lookup in a table of quantised rows means: the rows as floats.
+fn dequantized(graph: &Graph, rows: ValueId) -> ValueId {
+    match graph.consumers(rows) {
+        [(only, 0)] if graph.node(*only).op == "DequantizeLinear" => {
+            graph.node(*only).output(0).unwrap_or(rows)
+        }
+        _ => rows,
+    }
 }
 
 /// Dtypes of ids.

@@ -15,7 +15,7 @@ use std::collections::HashSet;
 use super::{
     attention::{between, origins},
     flow::Flow,
-    ops::{is_activation, is_layout, is_projection, is_shift, only_source, walk_back},
+    ops::{dequantises, is_activation, is_layout, is_projection, is_shift, only_source, walk_back},
 };
 use crate::onnx::{Node, NodeId, ValueId};
 
@@ -147,17 +147,6 @@ fn adds_bias(flow: &Flow<'_>, node: &Node) -> bool {
             flow.graph()
                 .initializer(*v)
                 .is_some_and(|i| i.dims().iter().product::<usize>() > 1)
-        })
-}
-
-/// The float scale after an integer product.
-fn dequantises(flow: &Flow<'_>, node: &Node) -> bool {
-    node.is("Mul")
-        && node.inputs.iter().flatten().any(|v| {
-            walk_back(flow, *v, is_layout)
-                .last()
-                .and_then(|o| flow.maker(*o))
-                .is_some_and(|(_, n)| n.is_any(&["MatMulInteger", "ConvInteger"]))
         })
 }
 

@@ -143,6 +143,17 @@ fn product_of_itself(flow: &Flow<'_>, node: &Node) -> bool {
         > 1
 }
 
+/// The float scale after an integer product.
+pub(super) fn dequantises(flow: &Flow<'_>, node: &Node) -> bool {
+    node.is("Mul")
+        && node.inputs.iter().flatten().any(|v| {
+            walk_back(flow, *v, is_layout)
+                .last()
+                .and_then(|o| flow.maker(*o))
+                .is_some_and(|(_, n)| n.is_any(&["MatMulInteger", "ConvInteger"]))
+        })
+}
+
 /// The two live operands of a product of live data with live data, left one first.
 pub(super) fn live_product(flow: &Flow<'_>, node: &Node) -> Option<(ValueId, ValueId)> {
     if !named(node, &["MatMul", "Einsum", "Gemm"]) && !contributed(node, &["FusedMatMul"]) {

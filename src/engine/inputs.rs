@@ -27,6 +27,7 @@ pub struct ModelInputs {
     vocab: Option<usize>,
     max_tokens: Option<usize>,
     fixed_batch: Option<usize>,
+    rows_interact: bool,
     fixed_length: Option<usize>,
     /// Tokens that a row without token axis counts for.
     row_tokens: usize,
@@ -107,6 +108,7 @@ impl ModelInputs {
             vocab,
             max_tokens: info.max_tokens,
             fixed_batch: info.fixed_batch,
+            rows_interact: info.rows_interact,
             fixed_length: info.fixed_length,
             row_tokens,
         }
@@ -213,7 +215,7 @@ impl ModelInputs {
             length,
             cost,
             signature,
-            alone,
+            alone: alone || self.rows_interact,
         })
     }
 

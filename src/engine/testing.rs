@@ -84,6 +84,7 @@ pub(crate) fn info() -> ModelInfo {
         tokenizer: None,
         pads: true,
         fixed_batch: None,
+        rows_interact: false,
         fixed_length: None,
         max_tokens: Some(512),
         producer: "test".into(),

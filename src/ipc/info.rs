@@ -278,6 +278,9 @@ pub struct ModelInfo {
     pub tokenizer: Option<TokenizerInfo>,
     /// Whether rows of different length may share a batch: a mask input was found, and padding was checked not to show.
     pub pads: bool,
+    /// Whether rows of a run change each other's answers, as they do where values are quantised by a range that all rows share. Such a
+    /// model runs each request by itself.
+    pub rows_interact: bool,
     /// Batch size that the file fixes.
     pub fixed_batch: Option<usize>,
     /// Length in tokens that the file fixes.

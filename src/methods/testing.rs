@@ -78,6 +78,7 @@ pub(crate) fn info() -> ModelInfo {
         tokenizer: None,
         pads: false,
         fixed_batch: None,
+        rows_interact: false,
         fixed_length: None,
         max_tokens: None,
         producer: String::new(),

@@ -495,6 +495,7 @@ fn describe(d: Description<'_>) -> ModelInfo {
         tokenizer: d.tokenizer,
         pads: anatomy.pads,
         fixed_batch: anatomy.fixed_batch,
+        rows_interact: anatomy.rows_interact,
         fixed_length: anatomy.fixed_length,
         max_tokens: d.max_tokens,
         producer: plain.producer.clone(),

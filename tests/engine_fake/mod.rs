@@ -324,6 +324,7 @@ pub fn info(name: &str) -> ModelInfo {
         tokenizer: None,
         pads: true,
         fixed_batch: None,
+        rows_interact: false,
         fixed_length: None,
         max_tokens: Some(4096),
         producer: "fake".into(),

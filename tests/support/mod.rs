@@ -175,6 +175,13 @@ pub(crate) fn trials(model: &Model, trace: &Trace) -> Result<Trials, String> {
     })
 }
 
+/// The model that rewrites start from, as the worker makes it.
+pub(crate) fn unfused(model: &Model) -> Model {
+    let unfused = anatomy::normalise::unfuse(model).expect("what the rules write is a graph");
+    assert!(unfused.left.is_empty(), "{:?}", unfused.left);
+    unfused.model
+}
+
 /// The whole way from a model to its anatomy.
 pub(crate) fn dissect(model: &Model) -> Result<Anatomy, String> {
     let trace = anatomy::trace(model);

@@ -124,8 +124,19 @@ pub fn read(model: &Model, trace: &Trace, trials: &Trials) -> Anatomy {
             ));
         }
     }
+    let rows_interact = model
+        .graph
+        .nodes()
+        .any(|(_, n)| n.op.starts_with("DynamicQuantize"));
+    if rows_interact {
+        found.notes.push(
+            "rows of a run share the range that they are quantised by, so each request runs by itself"
+                .to_owned(),
+        );
+    }
     let mut anatomy = Anatomy {
         task,
+        rows_interact,
         fixed_batch: only(trials.batches(), true),
         fixed_length: only(
             trials.lengths(),
