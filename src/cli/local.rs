@@ -9,7 +9,7 @@ use super::{error::CliError, out::clean};
 use crate::{
     config::{Config, Flags},
     model::Repository,
-    service::{Daemon, Setup},
+    service::{Daemon, Setup, StartError},
     shutdown::Shutdown,
     telemetry::recorder::Recorder,
 };
@@ -37,7 +37,9 @@ impl Local {
         };
         let config = resolve(&flags)?;
         look(models, only)?;
-        Self::serve(config, Some(only.to_owned()), None, Shutdown::default()).await
+        Self::serve(config, Some(only.to_owned()), None, Shutdown::default())
+            .await
+            .map_err(not_started)
     }
 
     /// Serves as the settings say; answers when the models are loaded, or could not be.
@@ -46,7 +48,7 @@ impl Local {
         only: Option<String>,
         recorder: Option<Recorder>,
         shutdown: Shutdown,
-    ) -> Result<Self, CliError> {
+    ) -> Result<Self, StartError> {
         let spinner = ProgressBar::new_spinner().with_finish(ProgressFinish::AndClear);
         spinner.set_message(match &only {
             Some(model) => format!("loading \"{}\" in this process", clean(model)),
@@ -58,9 +60,7 @@ impl Local {
             recorder,
             ..Setup::new(config)
         };
-        let daemon = Daemon::start(setup, shutdown.clone()).await.map_err(|e| {
-            CliError::new(e.to_string()).advise("`introspectd doctor` looks closer")
-        })?;
+        let daemon = Daemon::start(setup, shutdown.clone()).await?;
         daemon.settled().await;
         spinner.finish_and_clear();
         Ok(Self { daemon, shutdown })
@@ -81,6 +81,11 @@ impl Local {
         self.shutdown.drain.cancel();
         let _ = tokio::time::timeout(GRACE, self.daemon.finished()).await;
     }
+}
+
+/// Why a daemon did not start, for people.
+pub(super) fn not_started(error: StartError) -> CliError {
+    CliError::new(error.to_string()).advise("`introspectd doctor` looks closer")
 }
 
 /// Tells what is wrong with a model's folder before anything is started.

@@ -6,7 +6,7 @@ mod metrics;
 use std::{
     fmt::Write as _,
     fs,
-    net::{SocketAddr, TcpListener},
+    net::SocketAddr,
     path::{Path, PathBuf},
     time::Instant,
 };
@@ -25,8 +25,9 @@ use super::{
 };
 use crate::{
     config::Flags,
-    service::wire::introspect::{
-        CaptureRequest, Input, Model, Selection, Text, Token, input::Kind,
+    service::{
+        StartError,
+        wire::introspect::{CaptureRequest, Input, Model, Selection, Text, Token, input::Kind},
     },
     shutdown::Shutdown,
     telemetry::recorder::Recorder,
@@ -52,6 +53,8 @@ const FILES: [(&str, &[u8]); 3] = [
 /// Where a daemon listens unless told otherwise.
 const GRPC: &str = "127.0.0.1:50061";
 const ADMIN: &str = "127.0.0.1:9464";
+/// Any free port.
+const ANY: &str = "127.0.0.1:0";
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -131,26 +134,35 @@ fn repository() -> Result<tempfile::TempDir, CliError> {
     })
 }
 
-/// The daemon, on the usual addresses where they are free.
+/// The daemon, on the usual addresses where they are free, on others where not.
 async fn start(models: &Path, shutdown: Shutdown) -> Result<Local, CliError> {
-    let flags = Flags {
-        models: Some(models.display().to_string()),
-        listen: Some(free(GRPC).to_owned()),
-        admin_listen: Some(free(ADMIN).to_owned()),
-        log: Some("off".into()),
-        ..local::from_environment()
-    };
-    let config = local::resolve(&flags)?;
     let recorder = Recorder::install()
         .map_err(|e| CliError::new(format!("the metrics cannot be set up: {e}")))?;
-    Local::serve(config, None, Some(recorder), shutdown).await
-}
-
-/// The address, or any port when it is taken.
-fn free(address: &'static str) -> &'static str {
-    match TcpListener::bind(address) {
-        Ok(_) => address,
-        Err(_) => "127.0.0.1:0",
+    let (mut grpc, mut admin) = (GRPC, ADMIN);
+    loop {
+        let flags = Flags {
+            models: Some(models.display().to_string()),
+            listen: Some(grpc.to_owned()),
+            admin_listen: Some(admin.to_owned()),
+            log: Some("off".into()),
+            ..local::from_environment()
+        };
+        let config = local::resolve(&flags)?;
+        let started = Local::serve(config, None, Some(recorder.clone()), shutdown.clone()).await;
+        match started {
+            // Only trying tells: another program may take an address at any time.
+            Err(StartError::Listen { address, .. })
+                if grpc != ANY && address.to_string() == grpc =>
+            {
+                grpc = ANY;
+            }
+            Err(StartError::Listen { address, .. })
+                if admin != ANY && address.to_string() == admin =>
+            {
+                admin = ANY;
+            }
+            other => return other.map_err(local::not_started),
+        }
     }
 }
 
