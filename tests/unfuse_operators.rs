@@ -538,9 +538,10 @@ mod grouped_query_attention {
         };
         let mut all = tables().to_vec();
         all.push(In::None);
+        // Without its present the kernel of ONNX Runtime 1.32 computes steps from memory that nobody wrote, so that is read too.
         case(&ragged, all)
             .int("do_rotary", 1)
-            .outputs(&[true])
+            .first_equal()
             .holds(17);
     }
 

@@ -284,8 +284,15 @@ fn selected(name: &str, rows: Option<usize>) -> InputRole {
 fn feeds_rotation(graph: &Graph, value: ValueId) -> bool {
     let reached = reach(graph, value);
     graph.nodes().any(|(_, node)| {
-        (node.is("Cos") || node.is("Sin") || node.op == "RotaryEmbedding")
-            && node.reads().any(|v| reached.contains(&v))
+        // What is rotated comes first; everything reaches that.
+        let rotated = usize::from(node.op == "RotaryEmbedding");
+        (node.is("Cos") || node.is("Sin") || rotated == 1)
+            && node
+                .inputs
+                .iter()
+                .skip(rotated)
+                .flatten()
+                .any(|v| reached.contains(v))
     })
 }
 

@@ -135,7 +135,6 @@ fn spine(graph: &Graph) -> Option<(ValueId, Option<Lookup>, Flow<'_>)> {
     let mut all = lookups(graph);
     // Stable: of one input, the first lookup in the graph.
     all.sort_by_key(|l| std::cmp::Reverse(preference(graph, l)));
-    all.dedup_by_key(|l| l.input);
     let mut starts: Vec<(ValueId, Option<Lookup>)> =
         all.into_iter().map(|l| (l.output, Some(l))).collect();
     starts.extend(
@@ -147,14 +146,18 @@ fn spine(graph: &Graph) -> Option<(ValueId, Option<Lookup>, Flow<'_>)> {
     let ids = starts
         .iter()
         .any(|(_, l)| l.as_ref().is_some_and(|l| l.direct));
+    let mut inputs = Vec::new();
     let mut best: Option<(isize, ValueId, Option<Lookup>, Flow<'_>)> = None;
     for (start, lookup) in starts.into_iter().take(MAX_STARTS) {
         if ids && lookup.is_none() && best.as_ref().is_some_and(|b| b.0 > 0) {
             continue;
         }
-        let Some(flow) = main_flow(graph, start) else {
+        // A lookup that others follow may lead nowhere: only its shape is read.
+        let served = lookup.as_ref().is_some_and(|l| inputs.contains(&l.input));
+        let Some(flow) = main_flow(graph, start).filter(|_| !served) else {
             continue;
         };
+        inputs.extend(lookup.iter().map(|l| l.input));
         let found = softmaxes(&flow);
         let attentions = sort_out(&flow, &found).0;
         // A tower that others look at meets their attentions outside of any block of its own.

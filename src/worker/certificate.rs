@@ -18,21 +18,22 @@ use crate::{
     tensor::Tensor,
 };
 
-/// All checks. `plain` is the session of the file as it is, `normal` the model that rewrites start from.
+/// All checks, and a note where the variant with every hook point does not even run. `plain` is the session of the file as it is, `normal` the model that rewrites start from.
 pub(super) fn check(
     bench: &Bench,
     normal: &Model,
     anatomy: &Anatomy,
     trials: &Trials,
     plain: &mut Session,
-) -> Vec<Check> {
+) -> (Vec<Check>, Option<String>) {
     let mut checks = anatomy.checks.clone();
     let Some(seen) = trials.plan.runs.get(Trials::TWINS) else {
-        return checks;
+        return (checks, None);
     };
     if anatomy.hooks.is_empty() {
-        return checks;
+        return (checks, None);
     }
+    let mut note = None;
     match exposed(bench, normal, anatomy, &seen.inputs, plain) {
         Ok(pairs) => checks.extend(
             pairs
@@ -40,7 +41,9 @@ pub(super) fn check(
                 .map(|(name, shown, wanted)| same_logits(shown, wanted, name)),
         ),
         Err(why) => {
-            tracing::warn!(why, "the variant with every hook point does not run");
+            note = Some(format!(
+                "with every hook point shown the model does not run: {why}"
+            ));
             checks.push(within(
                 LOGITS,
                 f64::INFINITY,
@@ -50,7 +53,7 @@ pub(super) fn check(
             ));
         }
     }
-    checks
+    (checks, note)
 }
 
 /// Each output of the file: its name, what the variant with every hook point gives, and what the file gives.

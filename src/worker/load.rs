@@ -163,13 +163,14 @@ impl Loaded {
                 reason,
             }];
         }
-        let checks = clock.stage("certificate", || {
+        let (checks, note) = clock.stage("certificate", || {
             if options.certify {
                 certificate::check(&bench, &normal, &anatomy, &trials, &mut plain_session)
             } else {
-                Vec::new()
+                (Vec::new(), None)
             }
         });
+        notes.extend(note);
         // Without its fusions it must compute what the file computes, or nothing that it shows is the file's.
         if !unfused.is_empty() && checks.iter().any(|c| c.name == LOGITS && !c.passed) {
             anatomy.hooks.clear();

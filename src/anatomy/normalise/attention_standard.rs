@@ -2,7 +2,8 @@
 //!
 //! Four axes or three (heads counted by attributes), grouped queries, causal and windowed masks aligned with the past or
 //! with `nonpad_kv_seqlen`, boolean and float masks, soft cap, precision of the softmax, past and present, and the four
-//! modes of `qk_matmul_output` as ONNX Runtime 1.32 numbers them (scaled, capped, masked, pattern).
+//! modes of `qk_matmul_output` as ONNX Runtime 1.32 numbers them (scaled, capped, masked, pattern). Masked scores that are shown are
+//! minus infinity where the kernel writes the lowest finite number.
 
 use super::{
     emit::{Emit, Needs},

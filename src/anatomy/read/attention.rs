@@ -262,7 +262,7 @@ fn read_scores(lab: &Lab<'_>, a: &AttentionTrace, frame: &Frame) -> Result<Place
     for value in candidates {
         for placed in lab.placements(value, &targets) {
             let error = unmasked_difference(&normalised(placed.compared(), true), &wanted);
-            if error <= 1e-3 {
+            if error <= lab.tolerance(&[&placed]).0.max(1e-3) {
                 return Ok(placed);
             }
             nearest = nearest.min(error);
