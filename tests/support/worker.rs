@@ -248,6 +248,12 @@ pub fn inputs(info: &ModelInfo, rows: usize, length: usize) -> Vec<(String, Tens
                 .enumerate()
                 .map(|(axis, d)| d.unwrap_or(if axis == 0 { rows } else { length }))
                 .collect();
+            if let ([_, heads, _, _], InputRole::Other) = (&shape[..], input.role) {
+                // An empty past.
+                let width = info.dims.d_head.unwrap();
+                let past = Tensor::from_f32(vec![rows, *heads, 0, width], &[]);
+                return (input.name.clone(), past.unwrap());
+            }
             let count: usize = shape.iter().product();
             let at = |i: usize| (i / length.max(1), i % length.max(1));
             let tensor = match input.role {
