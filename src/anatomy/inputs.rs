@@ -239,7 +239,7 @@ pub(super) fn roles(
             } else if start == Some(port.value) {
                 InputRole::Pixels
             } else if past {
-                InputRole::Other
+                InputRole::Past
             } else if rows.is_some() {
                 selected(&name, rows)
             } else if feeds_rotation(graph, port.value) && is_integer(dtype) {

@@ -343,6 +343,7 @@ fn fill(input: &InputTrace, run: usize, mask_of_tokens: u8, shape: &[usize]) -> 
             (0..count).map(|i| (i % width) as f64).collect()
         }
         InputRole::Pixels => (0..count).map(|_| random.normal()).collect(),
+        InputRole::Past => Vec::new(),
         InputRole::Other if is_integer(input.dtype) => vec![1.0; count],
         InputRole::Other => (0..count).map(|_| 1.0).collect(),
     };

@@ -402,7 +402,8 @@ impl Input {
                     wanted.unwrap_or_default()
                 ));
             }
-            if *extent == 0 {
+            let empty_past = self.role == InputRole::Past && axis == 2;
+            if *extent == 0 && !empty_past {
                 return Err(format!("input \"{name}\" is empty along axis {axis}"));
             }
         }
@@ -411,6 +412,10 @@ impl Input {
 
     /// What stands for this input when it is left out; nothing when only the caller can know.
     fn fill(&self, rows: usize, length: Option<usize>) -> Option<Tensor> {
+        if let (InputRole::Past, [_, Some(heads), _, Some(width)]) = (self.role, &self.fixed[..]) {
+            let shape = vec![rows, *heads, 0, *width];
+            return Tensor::new(self.dtype, shape, bytes::Bytes::new()).ok();
+        }
         let length = length?;
         if self.token_axis != Some(1) || !self.batched || self.fixed.len() != 2 {
             return None;
@@ -419,7 +424,9 @@ impl Input {
             InputRole::AttentionMask => vec![1; length],
             InputRole::TypeIds => vec![0; length],
             InputRole::PositionIds => (0..i64::try_from(length).ok()?).collect(),
-            InputRole::TokenIds | InputRole::Pixels | InputRole::Other => return None,
+            InputRole::TokenIds | InputRole::Pixels | InputRole::Past | InputRole::Other => {
+                return None;
+            }
         };
         let mut bytes = Vec::with_capacity(rows * length * self.dtype.size());
         for _ in 0..rows {

@@ -78,6 +78,8 @@ pub enum InputRole {
     PositionIds,
     /// Pixels, or other floats that enter by a projection.
     Pixels,
+    /// Keys or values of tokens before these; none when left out.
+    Past,
     /// Not recognised; must be given.
     Other,
 }

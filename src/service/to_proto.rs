@@ -183,6 +183,7 @@ fn input(input: &InputInfo) -> pb::ModelInput {
         InputRole::TypeIds => pb::InputRole::TypeIds,
         InputRole::PositionIds => pb::InputRole::PositionIds,
         InputRole::Pixels => pb::InputRole::Pixels,
+        InputRole::Past => pb::InputRole::Past,
         InputRole::Other => pb::InputRole::Unspecified,
     };
     pb::ModelInput {

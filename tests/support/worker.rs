@@ -248,7 +248,7 @@ pub fn inputs(info: &ModelInfo, rows: usize, length: usize) -> Vec<(String, Tens
                 .enumerate()
                 .map(|(axis, d)| d.unwrap_or(if axis == 0 { rows } else { length }))
                 .collect();
-            if let ([_, heads, _, _], InputRole::Other) = (&shape[..], input.role) {
+            if let ([_, heads, _, _], InputRole::Past) = (&shape[..], input.role) {
                 // An empty past.
                 let width = info.dims.d_head.unwrap();
                 let past = Tensor::from_f32(vec![rows, *heads, 0, width], &[]);
@@ -268,7 +268,10 @@ pub fn inputs(info: &ModelInfo, rows: usize, length: usize) -> Vec<(String, Tens
                             InputRole::TokenIds => 5 + ((at(i).0 * 31 + at(i).1 * 7) % 200) as i64,
                             InputRole::AttentionMask => 1,
                             InputRole::PositionIds => at(i).1 as i64,
-                            InputRole::TypeIds | InputRole::Pixels | InputRole::Other => 0,
+                            InputRole::TypeIds
+                            | InputRole::Pixels
+                            | InputRole::Past
+                            | InputRole::Other => 0,
                         })
                         .collect();
                     Tensor::from_i64(shape, &values)

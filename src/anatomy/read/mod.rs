@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     ipc::info::{Axis, Check, Dims, InputRole, Missing},
-    onnx::{Model, ValueId},
+    onnx::{Dim, Model, ValueId},
 };
 
 /// Reads the anatomy of a model off its structure and its trials.
@@ -111,6 +111,15 @@ pub fn read(model: &Model, trace: &Trace, trials: &Trials) -> Anatomy {
         (two && sizes.iter().all(|n| *n == first)).then_some(first)
     };
     let mut inputs = trace.inputs.clone();
+    for input in inputs.iter_mut().filter(|i| i.past) {
+        for (axis, extent) in [(1, dims.kv_heads), (3, dims.d_head)] {
+            if let Some(dim @ (Dim::Named(_) | Dim::Unknown)) = input.dims.get_mut(axis)
+                && let Some(extent) = extent.and_then(|n| i64::try_from(n).ok())
+            {
+                *dim = Dim::Fixed(extent);
+            }
+        }
+    }
     let inverted = trials.plan.mask_of_tokens == 0;
     if inverted {
         for input in inputs

@@ -79,5 +79,6 @@ fn role(role: InputRole) -> &'static str {
         InputRole::TypeIds => "type_ids",
         InputRole::PositionIds => "position_ids",
         InputRole::Pixels => "pixels",
+        InputRole::Past => "past",
     }
 }

@@ -167,6 +167,7 @@ fn role(role: InputRole) -> &'static str {
         InputRole::TypeIds => "segments",
         InputRole::PositionIds => "positions",
         InputRole::Pixels => "pixels",
+        InputRole::Past => "past, may be empty",
     }
 }
 
