@@ -5,7 +5,7 @@
 //!
 //! A run ends in one of four ways: answers; a refusal, after which it is split until the request that causes it fails alone;
 //! nobody left who wants it, after which it is cancelled, and the worker replaced when it goes on for [`EngineConfig::cancel_grace`];
-//! the worker's death. In each of them every part is answered, even if the task itself panics ([`Unanswered`]).
+//! the worker's death. In each of them every part is answered, even if the task itself panics (`Unanswered`).
 //!
 //! [`EngineConfig::cancel_grace`]: super::config::EngineConfig
 

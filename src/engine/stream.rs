@@ -1,4 +1,4 @@
-//! A submitted request: what the scheduler sees of it ([`Request`]) and what the caller holds ([`RowStream`]).
+//! A submitted request: what the scheduler sees of it (`Request`) and what the caller holds ([`RowStream`]).
 //!
 //! The two halves share a cancellation token, a child of the caller's. It is cancelled when the caller cancels, when the stream is
 //! dropped, and when the request ends; then queued rows are skipped and a run that nobody else wants is terminated.

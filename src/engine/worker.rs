@@ -1,6 +1,6 @@
 //! A worker process: started, loaded under a clock, watched, ended.
 //!
-//! It is started with one end of a socket pair as its standard input, a cleared environment (see [`KEPT`]) with ONNX
+//! It is started with one end of a socket pair as its standard input, a cleared environment (see `KEPT`) with ONNX
 //! Runtime's telemetry switched off, and in a process group of its own, so that a Ctrl-C meant for the daemon does not reach it before the
 //! daemon has drained. It ends when its socket closes, so never outlives the daemon.
 //!

@@ -2,7 +2,7 @@
 //!
 //! - [`repository`] finds folders and validates names; it opens no model file, only looks at names and metadata.
 //! - [`registry`] is what the rest of the daemon sees: [`Registry::get`], load, unload, reload, states.
-//! - [`supervisor`] is a task per model: it alone loads, swaps, drains, restarts and withdraws that model.
+//! - `supervisor` is a task per model: it alone loads, swaps, drains, restarts and withdraws that model.
 //! - [`plan`] decides what a burst of loads and unloads comes down to; [`deaths`] when to restart and when to give up. Both pure.
 //!
 //! Invariants: operations on a model take effect in the order in which they were accepted; a model that serves goes on serving until its

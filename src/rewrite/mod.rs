@@ -1,6 +1,6 @@
 //! Makes the graph of a variant from a model and what was asked of it.
 //!
-//! - [`expose`]: hook points become outputs under canonical axes; with `keep_outputs` off everything that they do not
+//! - [`expose()`]: hook points become outputs under canonical axes; with `keep_outputs` off everything that they do not
 //!   need is pruned (early exit).
 //! - [`observe`]: raw values become outputs, for the trials.
 //!
