@@ -202,7 +202,7 @@ impl Drop for Serve {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_an_operator_scrapes() {
     let repository = repository();
-    let serve = Serve::start(repository.path());
+    let mut serve = Serve::start(repository.path());
     serve.capture("bert").await.unwrap();
     assert!(serve.page("/livez").starts_with("HTTP/1.1 200"));
     assert!(serve.page("/readyz").starts_with("HTTP/1.1 200"));
@@ -246,6 +246,18 @@ async fn what_an_operator_scrapes() {
         });
         assert!(known, "{line}");
     }
+
+    // One line for each call that did not end well, under the caller's id.
+    let mut request = tonic::Request::new(pb::CaptureRequest::default());
+    request
+        .metadata_mut()
+        .insert("x-request-id", "mine-17".parse().unwrap());
+    assert!(serve.client().capture(request).await.is_err());
+    let line = serve.line("a call ended");
+    assert_eq!(
+        (line["request_id"].as_str(), line["code"].as_str()),
+        (Some("mine-17"), Some("INVALID_ARGUMENT"))
+    );
 
     // Names that callers make up add no series.
     let series = |text: &str| -> BTreeSet<String> {

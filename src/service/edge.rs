@@ -59,8 +59,9 @@ impl Edge {
         B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
         let arrived = Instant::now();
-        let open = Open::new(self.method(request.uri().path()), arrived);
         let (mut head, body) = request.into_parts();
+        let id = request_id(&head.headers);
+        let open = Open::new(self.method(head.uri.path()), arrived, id.clone());
         let deadline = match deadline(&head.headers, arrived) {
             Ok(deadline) => deadline,
             Err(error) => return self.refuse(&error, open),
@@ -74,7 +75,7 @@ impl Edge {
         head.extensions.insert(Call {
             arrived,
             deadline,
-            id: request_id(&head.headers),
+            id,
             client,
         });
         let answering = self.routes.clone().oneshot(Request::from_parts(head, body));
@@ -189,19 +190,22 @@ fn request_id(headers: &HeaderMap) -> String {
         )
 }
 
-/// A call that is open. Records how it ended when it is dropped; a call that nobody ended was cancelled.
+/// A call that is open. Records how it ended when it is dropped, in the metrics and in the log; a call that nobody ended was
+/// cancelled.
 pub(super) struct Open {
     method: &'static str,
     arrived: Instant,
+    id: String,
     code: Code,
 }
 
 impl Open {
-    fn new(method: &'static str, arrived: Instant) -> Self {
+    fn new(method: &'static str, arrived: Instant, id: String) -> Self {
         gauge!(names::INFLIGHT, "method" => method).increment(1.0);
         Self {
             method,
             arrived,
+            id,
             code: Code::Cancelled,
         }
     }
@@ -222,7 +226,30 @@ impl Drop for Open {
         gauge!(names::INFLIGHT, "method" => self.method).decrement(1.0);
         let code = status::name(self.code);
         counter!(names::REQUESTS, "method" => self.method, "code" => code).increment(1);
-        histogram!(names::REQUEST_DURATION, "method" => self.method).record(self.arrived.elapsed());
+        let took = self.arrived.elapsed();
+        histogram!(names::REQUEST_DURATION, "method" => self.method).record(took);
+        let (request_id, method, seconds) = (&self.id, self.method, took.as_secs_f64());
+        match self.code {
+            Code::Ok => tracing::debug!(request_id, method, code, seconds, "a call ended"),
+            Code::Internal | Code::Unknown | Code::DataLoss => {
+                tracing::error!(request_id, method, code, seconds, "a call failed");
+            }
+            Code::Cancelled
+            | Code::InvalidArgument
+            | Code::DeadlineExceeded
+            | Code::NotFound
+            | Code::AlreadyExists
+            | Code::PermissionDenied
+            | Code::ResourceExhausted
+            | Code::FailedPrecondition
+            | Code::Aborted
+            | Code::OutOfRange
+            | Code::Unimplemented
+            | Code::Unavailable
+            | Code::Unauthenticated => {
+                tracing::info!(request_id, method, code, seconds, "a call ended");
+            }
+        }
     }
 }
 
