@@ -513,3 +513,20 @@ async fn bad_requests_are_told_which_field_is_bad() {
     );
     d.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_answer_that_is_too_large_is_refused_before_it_runs() {
+    let d = TestDaemon::tuned(&[BERT], |c| c.max_capture = 10_000).await;
+    let row = [5i64; 20];
+    let rows: Vec<&[i64]> = vec![&row; 8];
+    let status = infer(&d, ask(vec![tensor("input_ids", &rows)], &["attentions.0"]))
+        .await
+        .unwrap_err();
+    assert_eq!(status.code(), Code::ResourceExhausted, "{status:?}");
+    assert!(
+        infer(&d, ask(vec![tensor("input_ids", &rows)], &[]))
+            .await
+            .is_ok()
+    );
+    d.stop().await;
+}

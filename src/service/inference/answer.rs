@@ -9,9 +9,12 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 
 use super::rows::datatype;
 use crate::{
-    engine::{EngineError, ModelHandle, PickSpec, RowsDone},
+    engine::{
+        EngineError, ModelHandle, NamedTensor, PickSpec, RowGroup, RowsDone,
+        admission::exposed_bytes,
+    },
     ipc::{
-        info::{Axis, ModelInfo},
+        info::{Axis, ModelInfo, ValueInfo},
         spec::VALUE_PREFIX,
     },
     methods::predict::best,
@@ -111,6 +114,51 @@ impl Asked {
             classes,
         }
     }
+}
+
+/// Bytes of the answer, as far as extents are known.
+pub(super) fn estimate(info: &ModelInfo, asked: &[Asked], groups: &[RowGroup]) -> usize {
+    /// An extent that only the run tells.
+    const UNKNOWN: usize = 1;
+    let of = |name: &str| {
+        let own = info.output(name).cloned();
+        own.or_else(|| {
+            info.hook(name).map(|h| ValueInfo {
+                name: h.name.clone(),
+                dtype: h.dtype,
+                axes: h.axes.clone(),
+                dims: h.dims.clone(),
+            })
+        })
+    };
+    let values: Vec<(ValueInfo, &PickSpec)> = asked
+        .iter()
+        .filter_map(|a| Some((of(&a.pick.output)?, &a.pick)))
+        .collect();
+    groups
+        .iter()
+        .map(|group| {
+            let length = group.length.unwrap_or_else(|| longest(info, group));
+            let row = |(value, pick): &(ValueInfo, &PickSpec)| {
+                exposed_bytes(value, pick, length, UNKNOWN)
+            };
+            values
+                .iter()
+                .map(row)
+                .fold(0usize, usize::saturating_add)
+                .saturating_mul(group.rows)
+        })
+        .fold(0, usize::saturating_add)
+}
+
+/// Tokens of the rows of a group that came as tensors.
+fn longest(info: &ModelInfo, group: &RowGroup) -> usize {
+    let tokens = |i: &NamedTensor| {
+        let known = info.inputs.iter().find(|k| k.name == i.name)?;
+        let axis = known.axes.iter().position(Axis::is_token)?;
+        i.tensor.shape().get(axis).copied()
+    };
+    group.inputs.iter().filter_map(tokens).max().unwrap_or(0)
 }
 
 /// Hook points among the outputs.

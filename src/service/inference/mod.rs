@@ -336,17 +336,26 @@ impl State {
                 group.picks.clone_from(&picks);
             }
             let plain = hooks.is_empty();
+            let lane = if plain { Lane::Predict } else { Lane::Interactive };
+            // The answer is one message, so all of it is held here.
+            let bytes = answer::estimate(&info, &outputs, &groups);
+            if bytes > self.config.max_capture {
+                return Err(EngineError::exhausted(
+                    format!(
+                        "the answer would take {bytes} bytes, more than the limit of {}: ask for fewer outputs or rows",
+                        self.config.max_capture
+                    ),
+                    None,
+                ));
+            }
+            let _held = handle.buffer(bytes, lane)?;
             let job = Job {
                 spec: VariantSpec {
                     plan: if plain { Plan::Plain } else { Plan::Rewritten },
                     keep_outputs: plain || outputs.iter().any(|o| !o.is_hook),
                     expose: hooks,
                 },
-                lane: if plain {
-                    Lane::Predict
-                } else {
-                    Lane::Interactive
-                },
+                lane,
                 groups,
             };
             let mut stream = handle
