@@ -112,7 +112,7 @@ settings! {
     keepalive: Duration = "20s", "INTROSPECTD_KEEPALIVE", "TIME", parse::duration,
         "A silent connection is asked so often whether it lives; without an answer within 10 s it is closed";
     stall_limit: Duration = "30s", "INTROSPECTD_STALL_LIMIT", "TIME", parse::duration,
-        "A stream whose reader takes nothing for so long is reset";
+        "A stream whose reader takes nothing for so long is given up";
 }
 
 impl Config {

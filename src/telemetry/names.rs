@@ -16,7 +16,7 @@ pub const REQUEST_DURATION: &str = "introspectd_request_duration_seconds";
 pub const INFLIGHT: &str = "introspectd_inflight_requests";
 /// Counter, `method`: bytes of payload in streams of results.
 pub const STREAM_BYTES: &str = "introspectd_stream_bytes_total";
-/// Counter: streams that were reset because their reader stopped reading.
+/// Counter: streams that were given up because their reader stopped reading.
 pub const STALLED_STREAMS: &str = "introspectd_stalled_streams_total";
 /// Gauge: open connections.
 pub const CONNECTIONS: &str = "introspectd_connections";
@@ -152,7 +152,7 @@ pub const ALL: &[Metric] = &[
         Kind::Counter,
         Unit::Count,
         &[],
-        "Streams that were reset because their reader stopped reading.",
+        "Streams that were given up because their reader stopped reading.",
     ),
     metric(
         CONNECTIONS,
