@@ -32,6 +32,8 @@ const TIMEOUT: &str = "grpc-timeout";
 const ENCODING: &str = "grpc-encoding";
 const ACCEPT_ENCODING: &str = "grpc-accept-encoding";
 const REQUEST_ID: &str = "x-request-id";
+/// A call that is cancelled so short of its deadline ended by it.
+const HANG_UP: Duration = Duration::from_millis(10);
 /// Longest request id that is taken over from a caller.
 const ID_LIMIT: usize = 128;
 
@@ -61,11 +63,12 @@ impl Edge {
         let arrived = Instant::now();
         let (mut head, body) = request.into_parts();
         let id = request_id(&head.headers);
-        let open = Open::new(self.method(head.uri.path()), arrived, id.clone());
+        let mut open = Open::new(self.method(head.uri.path()), arrived, id.clone());
         let deadline = match deadline(&head.headers, arrived) {
             Ok(deadline) => deadline,
             Err(error) => return self.refuse(&error, open),
         };
+        open.until(deadline);
         if deadline.is_some_and(|d| d <= Instant::now()) {
             return self.refuse(&EngineError::DeadlineExceeded, open);
         }
@@ -196,6 +199,7 @@ pub(super) struct Open {
     method: &'static str,
     arrived: Instant,
     id: String,
+    deadline: Option<Instant>,
     code: Code,
 }
 
@@ -206,8 +210,14 @@ impl Open {
             method,
             arrived,
             id,
+            deadline: None,
             code: Code::Cancelled,
         }
+    }
+
+    /// Until when it is wanted.
+    fn until(&mut self, deadline: Option<Instant>) {
+        self.deadline = deadline;
     }
 
     /// How it is going to end.
@@ -223,6 +233,11 @@ impl Open {
 
 impl Drop for Open {
     fn drop(&mut self) {
+        // Callers keep their deadlines too, and hang up a moment before ours.
+        let late = |d: Instant| Instant::now() + HANG_UP >= d;
+        if self.code == Code::Cancelled && self.deadline.is_some_and(late) {
+            self.code = Code::DeadlineExceeded;
+        }
         gauge!(names::INFLIGHT, "method" => self.method).decrement(1.0);
         let code = status::name(self.code);
         counter!(names::REQUESTS, "method" => self.method, "code" => code).increment(1);

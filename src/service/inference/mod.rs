@@ -79,9 +79,12 @@ impl GrpcInferenceService for Inference {
         let pb::ModelReadyRequest { name, version } = request.into_inner();
         match self.state.registry.get_version(&name, &version) {
             Ok(_) => Ok(Response::new(pb::ModelReadyResponse { ready: true })),
-            Err(EngineError::Unavailable { .. } | EngineError::FailedPrecondition { .. }) => {
-                Ok(Response::new(pb::ModelReadyResponse { ready: false }))
-            }
+            // One that is not there is not ready either, as Triton's clients expect.
+            Err(
+                EngineError::Unavailable { .. }
+                | EngineError::FailedPrecondition { .. }
+                | EngineError::NotFound { .. },
+            ) => Ok(Response::new(pb::ModelReadyResponse { ready: false })),
             Err(error) => Err(fails(error)),
         }
     }
