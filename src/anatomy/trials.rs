@@ -78,11 +78,12 @@ impl Trials {
         self.values.get(run)?.get(&value)
     }
 
-    /// A value in all runs; nothing when one did not show it.
+    /// A value in all runs; nothing when one did not show it, or there were none.
     pub fn all(&self, value: ValueId) -> Option<Vec<&Tensor>> {
-        (0..self.values.len())
+        let all: Vec<&Tensor> = (0..self.values.len())
             .map(|run| self.value(run, value))
-            .collect()
+            .collect::<Option<_>>()?;
+        (!all.is_empty()).then_some(all)
     }
 
     /// Whether the runs tell something: the attentions hold numbers and do not look everywhere alike, as they would if
@@ -208,7 +209,7 @@ pub fn trial_plans(trace: &Trace) -> impl Iterator<Item = TrialPlan> + '_ {
         let fixed = fixed;
         masks
             .iter()
-            .map(move |mask| plan(trace, fixed, *mask, batch, length))
+            .filter_map(move |mask| plan(trace, fixed, *mask, batch, length))
     })
 }
 
@@ -249,13 +250,17 @@ impl Fixed {
     }
 }
 
+/// Most elements of an input in a trial: a file may declare any extent.
+const MAX_ELEMENTS: usize = 1 << 25;
+
+/// The plan of one choice of sizes; none when the file declares inputs too large to be tried.
 fn plan(
     trace: &Trace,
     fixed: Fixed,
     mask_of_tokens: u8,
     batches: [usize; 3],
     lengths: [usize; 3],
-) -> TrialPlan {
+) -> Option<TrialPlan> {
     let sizes: Vec<(usize, usize)> = batches
         .iter()
         .zip(lengths)
@@ -266,6 +271,10 @@ fn plan(
         let mut inputs = Vec::new();
         for input in &trace.inputs {
             let shape = shape(trace, input, batch, length);
+            shape
+                .iter()
+                .try_fold(1usize, |n, extent| n.checked_mul(*extent))
+                .filter(|n| *n <= MAX_ELEMENTS)?;
             let mut tensor = fill(input, run, mask_of_tokens, &shape);
             if run == Trials::TWINS && batch > 2 && shape.first() == Some(&batch) {
                 tensor = copy_row(&tensor, 0, batch - 1);
@@ -285,10 +294,10 @@ fn plan(
             inputs,
         });
     }
-    TrialPlan {
+    Some(TrialPlan {
         runs,
         mask_of_tokens,
-    }
+    })
 }
 
 /// Extents of an input: declared numbers as they are, equal names equal extents, the rest by position.

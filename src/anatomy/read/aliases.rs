@@ -1,13 +1,17 @@
 //! Other names of hook points: TransformerLens's short forms, and Hugging Face's `hidden_states.{i}` and `attentions.{i}`.
 //!
-//! `hidden_states.0` is what enters the first layer, `hidden_states.{i + 1}` what leaves layer `i`; the last one is taken
-//! behind the final norm in models of tokens, and before it in models of pictures and sound, as the library does.
+//! `hidden_states.0` is what enters the first layer, `hidden_states.{i + 1}` what leaves layer `i`. The last one is taken
+//! behind the final norm in models of tokens and of sequences of features, and before it in models of pictures and waves: what
+//! the library does in most of each kind. Where there is a final norm a note says which it is, and both are hook points.
 //! Models whose attentions run in windows and whose stream changes width (Swin and its kin) are numbered by stage: the state is
 //! that behind the stage, the attention that of its last layer. Other models whose stream changes width have no
 //! common numbering, and get none.
 
 use super::{AttentionRead, Found, lab::Lab, leaves};
-use crate::{anatomy::layers::LayerTrace, ipc::info::InputRole};
+use crate::{
+    anatomy::{inputs::InputTrace, layers::LayerTrace},
+    ipc::info::InputRole,
+};
 
 /// TransformerLens's short forms: `resid_post.10`, `pattern.3`, and `mlp_pre.2` for what is called just `pre` in the block.
 pub(super) fn short_forms(found: &mut Found) {
@@ -67,21 +71,44 @@ pub(super) fn hugging_face(
         };
         found.alias(&hook, format!("hidden_states.{}", at + 1));
     }
-    let ids = lab
-        .trace
-        .inputs
-        .iter()
-        .any(|i| i.role == InputRole::TokenIds);
     let normalised = format!("blocks.{last}.hook_normalized_resid_post");
+    let sum = format!("blocks.{last}.hook_resid_post");
+    let behind = "ln_final.hook_normalized".to_owned();
     let has = |name: &str| found.hooks.iter().any(|h| h.name == name);
+    let end = format!("hidden_states.{}", last + 1);
     let hook = if has(&normalised) {
         normalised
-    } else if ids && has("ln_final.hook_normalized") {
-        "ln_final.hook_normalized".to_owned()
+    } else if has(&behind) {
+        let (hook, place, other) = if ends_normalised(lab) {
+            (behind, "behind", sum)
+        } else {
+            (sum, "before", behind)
+        };
+        found.notes.push(format!(
+            "\"{end}\" is {place} the final norm, as in most models of this kind; what is on its other side is \"{other}\""
+        ));
+        hook
     } else {
-        format!("blocks.{last}.hook_resid_post")
+        sum
     };
-    found.alias(&hook, format!("hidden_states.{}", last + 1));
+    found.alias(&hook, end);
+}
+
+/// Whether models of this kind count the last hidden state behind the final norm: those of tokens, and those of sequences of
+/// features that are not cut out of a picture.
+fn ends_normalised(lab: &Lab<'_>) -> bool {
+    let graph = &lab.model.graph;
+    let inputs = &lab.trace.inputs;
+    let cuts_patches = graph.nodes().any(|(_, node)| {
+        let kernel = node.inputs.get(1).copied().flatten();
+        node.is("Conv")
+            && kernel
+                .and_then(|k| graph.initializer(k))
+                .is_some_and(|k| k.dims().len() > 3)
+    });
+    let features = |i: &InputTrace| i.role == InputRole::Pixels && i.dims.len() == 3;
+    inputs.iter().any(|i| i.role == InputRole::TokenIds)
+        || (inputs.iter().any(features) && !cuts_patches)
 }
 
 /// Attentions are counted: layers without one do not count.

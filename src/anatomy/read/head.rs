@@ -26,14 +26,9 @@ pub(super) fn outputs(lab: &Lab<'_>, dims: &Dims, positions: Option<&[usize]>) -
         .map(|port| {
             let shapes = lab.shapes(port.value).unwrap_or_default();
             let rank = shapes.first().map_or(0, |s| s.len());
-            let ragged = shapes.iter().any(|s| s.len() != rank);
-            let extents: Vec<Vec<usize>> = if ragged {
-                Vec::new()
-            } else {
-                (0..rank)
-                    .map(|axis| shapes.iter().map(|s| s[axis]).collect())
-                    .collect()
-            };
+            let extents: Vec<Vec<usize>> = (0..rank)
+                .map(|axis| shapes.iter().map(|s| s[axis]).collect())
+                .collect();
             let axes = axes(lab, dims, positions, &extents);
             OutputFact {
                 name: lab.model.graph.name(port.value).to_owned(),
@@ -156,8 +151,14 @@ pub(super) fn logits(lab: &Lab<'_>, found: &mut Found, outputs: &[OutputFact], t
 pub(super) fn pads(lab: &Lab<'_>, found: &Found, outputs: &[OutputFact]) -> bool {
     const EVEN: f64 = 1e-4;
     let lengths = lab.trials.lengths();
-    let (short, long) = (lengths[Trials::TWINS], lengths[Trials::PADDED]);
-    if lab.batches()[Trials::TWINS] < 2 || short >= long {
+    let (Some(short), Some(long), Some(rows)) = (
+        lengths.get(Trials::TWINS).copied(),
+        lengths.get(Trials::PADDED).copied(),
+        lab.batches().get(Trials::TWINS).copied(),
+    ) else {
+        return false;
+    };
+    if rows < 2 || short >= long {
         return false;
     }
     let stays = |value: ValueId, layout: &Layout, axes: &[Axis]| -> Option<bool> {

@@ -64,15 +64,16 @@ impl Lab<'_> {
         graph.producer(value).map(|id| graph.node(id))
     }
 
-    /// Shapes of a value in every run.
+    /// Shapes of a value in every run: one at least, all of one rank.
     pub(super) fn shapes(&self, value: ValueId) -> Option<Vec<&[usize]>> {
-        Some(
-            self.trials
-                .all(value)?
-                .into_iter()
-                .map(Tensor::shape)
-                .collect(),
-        )
+        let shapes: Vec<&[usize]> = self
+            .trials
+            .all(value)?
+            .into_iter()
+            .map(Tensor::shape)
+            .collect();
+        let rank = shapes.first()?.len();
+        shapes.iter().all(|s| s.len() == rank).then_some(shapes)
     }
 
     /// Element type of a value.
@@ -164,10 +165,10 @@ impl Lab<'_> {
             if from.len() == to.len() && from.get(axis) == to.get(axis) {
                 continue;
             }
+            let extent = *from.get(axis)?;
             let behind: usize = from[axis + 1..].iter().product();
-            axis = (0..to.len()).find(|i| {
-                to[*i] == from[axis] && to[i + 1..].iter().product::<usize>() == behind
-            })?;
+            axis = (0..to.len())
+                .find(|i| to[*i] == extent && to[i + 1..].iter().product::<usize>() == behind)?;
         }
         Some(axis)
     }

@@ -107,7 +107,7 @@ pub fn read(model: &Model, trace: &Trace, trials: &Trials) -> Anatomy {
         );
     }
     let only = |sizes: Vec<usize>, two: bool| {
-        let first = sizes[0];
+        let first = *sizes.first()?;
         (two && sizes.iter().all(|n| *n == first)).then_some(first)
     };
     let mut inputs = trace.inputs.clone();
