@@ -1,6 +1,9 @@
 //! (b) What it costs to stream what happens inside: captures of MiniLM over the loopback against a bare run of a graph that fetches the same
 //! values. Aim: at most 1.25 times as long, for everything that there is to see at 128 tokens.
 //!
+//! Beside it stands the floor: a bare run, and then the same bytes over a plain loopback socket. What is sent after a run by TCP
+//! cannot cost less, whoever sends it.
+//!
 //! The bare run fetches every value once, while hook points that are the same value under two names (`resid_post` of a block is
 //! `resid_pre` of the next) are sent once for each name that is asked for; "everything" asks for each value by one name.
 
@@ -13,7 +16,8 @@ use serde_json::json;
 use support::{
     bare::{self, Bare},
     models,
-    report::{Options, Pairs, Report, median},
+    plain::Plain,
+    report::{Options, Pairs, Report, median, millis},
     served::{Served, capture, read},
 };
 
@@ -34,6 +38,8 @@ fn main() {
         "daemon ms",
         "bare ms",
         "ratio",
+        "socket ms",
+        "floor",
         "aim",
         "verdict",
     ];
@@ -56,6 +62,8 @@ fn main() {
             let hooks: Vec<String> = wanted.iter().map(|h| h.name.clone()).collect();
             let values: Vec<String> = wanted.iter().map(|h| h.value.clone()).collect();
             let mut session = Bare::showing(&folder, &values);
+            let mut plain = Plain::connect();
+            let mut socket = Vec::new();
             let row = models::row(tokens, 11);
             let mut pairs = Pairs::default();
             let mut stages = [const { Vec::new() }; 4];
@@ -74,6 +82,7 @@ fn main() {
                 });
                 if run >= WARM_UP {
                     pairs.push(ours, bare);
+                    socket.push(millis(plain.fetch(fetched)));
                     let t = summary.timings.unwrap_or_default();
                     let times = [t.run_seconds, t.reduce_seconds, t.encode_seconds, t.queue_seconds];
                     for (stage, seconds) in stages.iter_mut().zip(times) {
@@ -94,6 +103,8 @@ fn main() {
                 json!(median(&pairs.ours)),
                 json!(median(&pairs.bare)),
                 json!(pairs.ratio()),
+                json!(median(&socket)),
+                json!(1.0 + median(&socket) / median(&pairs.bare)),
                 aim.map_or(json!(""), |aim| json!(aim)),
                 verdict,
             ]);

@@ -7,5 +7,6 @@
 
 pub mod bare;
 pub mod models;
+pub mod plain;
 pub mod report;
 pub mod served;

@@ -9,6 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
 use introspectd::service::wire::{
     inference::{
         self as oip, grpc_inference_service_client::GrpcInferenceServiceClient,
@@ -81,6 +82,7 @@ impl Served {
             .expect("an address is a URI")
             .initial_stream_window_size(WINDOW)
             .initial_connection_window_size(WINDOW)
+            .max_frame_size(FRAME)
             .tcp_nodelay(true)
             .connect()
             .await
@@ -133,6 +135,8 @@ impl Served {
 
 /// What a client that reads large answers sets: enough for a message or two under way.
 const WINDOW: u32 = 2 << 20;
+/// A message in one frame.
+const FRAME: u32 = 1 << 20;
 
 impl Drop for Served {
     fn drop(&mut self) {
@@ -155,7 +159,7 @@ fn copy(from: &Path, to: &Path) {
 /// A predict of one row of token ids, as tensors.
 pub fn predict(model: &str, row: &[i64]) -> oip::ModelInferRequest {
     let inputs = ["input_ids", "attention_mask", "token_type_ids"];
-    let bytes = |values: &mut dyn Iterator<Item = i64>| -> bytes::Bytes {
+    let bytes = |values: &mut dyn Iterator<Item = i64>| -> Bytes {
         values.flat_map(i64::to_le_bytes).collect()
     };
     oip::ModelInferRequest {
@@ -201,24 +205,20 @@ pub fn capture(model: &str, row: &[i64], hooks: &[String]) -> pb::CaptureRequest
     }
 }
 
-/// A capture, read to its end and put together; the sum of its bytes is checked.
+/// A capture, read to its end: the pieces of every tensor; the sum of their bytes is checked.
 pub async fn read(
     client: &mut CaptureServiceClient<Channel>,
     request: pb::CaptureRequest,
-) -> (BTreeMap<String, Vec<u8>>, pb::Summary) {
+) -> (BTreeMap<String, Vec<Bytes>>, pb::Summary) {
     let answer = client.capture(request).await.expect("the capture is made");
     let mut stream = answer.into_inner();
-    let mut tensors: BTreeMap<String, Vec<u8>> = BTreeMap::new();
+    let mut tensors: BTreeMap<String, Vec<Bytes>> = BTreeMap::new();
     let mut bytes = 0;
     while let Some(message) = stream.message().await.expect("the stream goes on") {
         match message.item.expect("a message holds something") {
             Item::Tensor(piece) => {
                 bytes += piece.data.len() as u64;
-                let size: u64 = piece.shape.iter().product::<u64>() * 4;
-                tensors
-                    .entry(piece.name)
-                    .or_insert_with(|| Vec::with_capacity(size as usize))
-                    .extend_from_slice(&piece.data);
+                tensors.entry(piece.name).or_default().push(piece.data);
             }
             Item::Summary(summary) => {
                 assert_eq!(summary.bytes, bytes, "every byte came");

@@ -127,6 +127,11 @@ impl Segment {
         unsafe { std::slice::from_raw_parts_mut(self.mapping.start().as_ptr(), self.len) }
     }
 
+    /// Whether a span is one of this segment.
+    pub fn holds(&self, span: &Span) -> bool {
+        span.segment == self.id
+    }
+
     /// Where a tensor stands in this segment.
     pub fn span(&self, offset: usize, length: usize) -> Span {
         Span {

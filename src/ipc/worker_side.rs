@@ -24,20 +24,24 @@ pub struct Sender {
 }
 
 impl Sender {
-    /// Sends an event, and lends the segment that its tensors stand in.
+    /// Sends an event, and lends the segments that its tensors stand in, in the order in which it first names them.
     ///
     /// # Errors
     /// When the front is gone; the worker then has nothing left to do.
-    pub fn send(&self, id: u64, kind: event::Kind, segment: Option<Segment>) -> io::Result<()> {
-        let fds: Vec<OwnedFd> = match segment {
-            Some(s) => self
-                .pool
-                .with(|p| p.lend(s))
-                .map_err(io::Error::other)?
-                .into_iter()
-                .collect(),
-            None => Vec::new(),
-        };
+    pub fn send(
+        &self,
+        id: u64,
+        kind: event::Kind,
+        segments: impl IntoIterator<Item = Segment>,
+    ) -> io::Result<()> {
+        let mut fds: Vec<OwnedFd> = Vec::new();
+        for segment in segments {
+            fds.extend(
+                self.pool
+                    .with(|p| p.lend(segment))
+                    .map_err(io::Error::other)?,
+            );
+        }
         let bytes = frame::encode(&Event {
             id,
             kind: Some(kind),

@@ -15,6 +15,7 @@
 mod certificate;
 mod config;
 mod json;
+mod landing;
 mod limits;
 mod load;
 mod native;

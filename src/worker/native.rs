@@ -91,41 +91,12 @@ impl Lent {
     /// # Errors
     /// When the bytes do not fit the shape or are not aligned for the dtype; the caller then copies them.
     pub(super) fn new(dtype: DType, shape: &[usize], bytes: Bytes) -> Result<Self, ort::Error> {
-        let wrong = |why: &str| ort::Error::new_with_code(ort::ErrorCode::InvalidArgument, why);
-        if crate::tensor::byte_len(dtype, shape) != bytes.len() as u128 {
-            return Err(wrong("the bytes do not fit the shape"));
-        }
-        if !bytes.as_ptr().addr().is_multiple_of(dtype.size()) {
-            return Err(wrong("the bytes are not aligned"));
-        }
         if dtype == DType::Bool && bytes.iter().any(|b| *b > 1) {
-            return Err(wrong("a bool is neither 0 nor 1"));
+            return Err(invalid("a bool is neither 0 nor 1"));
         }
-        let dims: Vec<i64> = shape
-            .iter()
-            .map(|d| i64::try_from(*d))
-            .collect::<Result<_, _>>()
-            .map_err(|_| wrong("an extent is too large"))?;
-        let memory = MemoryInfo::default();
-        let mut out = ptr::null_mut();
-        // SAFETY: the bytes are as long as the shape says and aligned (checked above), and stay in place: `Bytes` never moves what it owns, and
-        // this value keeps it. ONNX Runtime only reads weights and inputs; a write would fault on the read-only mapping.
-        let status = unsafe {
-            (ort::api().CreateTensorWithDataAsOrtValue)(
-                memory.ptr(),
-                bytes.as_ptr().cast_mut().cast::<c_void>(),
-                bytes.len(),
-                dims.as_ptr(),
-                dims.len(),
-                value::element(dtype).into(),
-                &raw mut out,
-            )
-        };
-        // SAFETY: the status comes from the call above.
-        unsafe { ort::Error::result_from_status(status) }?;
-        let out = NonNull::new(out).ok_or_else(|| wrong("the runtime made no tensor"))?;
-        // SAFETY: `out` is a new tensor of the CPU allocator that nobody else owns.
-        let value = unsafe { DynValue::from_ptr(out, Some(&Allocator::default())) };
+        // SAFETY: the bytes stay in place: `Bytes` never moves what it owns, and this value keeps it. ONNX Runtime only reads
+        // weights and inputs; a write would fault on the read-only mapping.
+        let value = unsafe { over(dtype, shape, bytes.as_ptr().cast_mut(), bytes.len()) }?;
         Ok(Self {
             value: std::sync::Arc::new(value),
             _bytes: bytes,
@@ -136,4 +107,61 @@ impl Lent {
     pub(super) fn value(&self) -> &std::sync::Arc<DynValue> {
         &self.value
     }
+}
+
+/// A tensor that ONNX Runtime writes in place, to be bound to an output.
+///
+/// Who binds it must leave `room` alone until the binding and the outputs of the run are gone.
+///
+/// # Errors
+/// When the room does not fit the shape or is not aligned for the dtype.
+pub(super) fn landing(dtype: DType, shape: &[usize], room: &mut [u8]) -> ort::Result<DynValue> {
+    // SAFETY: the room is ours alone, by its borrow now and by the contract above for as long as the runtime may write.
+    unsafe { over(dtype, shape, room.as_mut_ptr(), room.len()) }
+}
+
+/// A tensor over foreign memory.
+///
+/// # Safety
+/// The memory must be there, and nobody else may write it, for as long as the tensor is used.
+unsafe fn over(
+    dtype: DType,
+    shape: &[usize],
+    data: *mut u8,
+    bytes: usize,
+) -> ort::Result<DynValue> {
+    if crate::tensor::byte_len(dtype, shape) != bytes as u128 {
+        return Err(invalid("the bytes do not fit the shape"));
+    }
+    if !data.addr().is_multiple_of(dtype.size()) {
+        return Err(invalid("the bytes are not aligned"));
+    }
+    let dims: Vec<i64> = shape
+        .iter()
+        .map(|d| i64::try_from(*d))
+        .collect::<Result<_, _>>()
+        .map_err(|_| invalid("an extent is too large"))?;
+    let memory = MemoryInfo::default();
+    let mut out = ptr::null_mut();
+    // SAFETY: the bytes are as long as the shape says and aligned (checked above); the caller keeps them in place.
+    let status = unsafe {
+        (ort::api().CreateTensorWithDataAsOrtValue)(
+            memory.ptr(),
+            data.cast::<c_void>(),
+            bytes,
+            dims.as_ptr(),
+            dims.len(),
+            value::element(dtype).into(),
+            &raw mut out,
+        )
+    };
+    // SAFETY: the status comes from the call above.
+    unsafe { ort::Error::result_from_status(status) }?;
+    let out = NonNull::new(out).ok_or_else(|| invalid("the runtime made no tensor"))?;
+    // SAFETY: `out` is a new tensor of the CPU allocator that nobody else owns.
+    Ok(unsafe { DynValue::from_ptr(out, Some(&Allocator::default())) })
+}
+
+fn invalid(why: &str) -> ort::Error {
+    ort::Error::new_with_code(ort::ErrorCode::InvalidArgument, why)
 }

@@ -1,4 +1,6 @@
-//! Cutting a row's part out of a batched output: the one copy between the runtime's memory and shared memory.
+//! Cutting a row's part out of a batched output.
+
+use std::ops::Range;
 
 use crate::{
     ipc::{info::Axis, wire::Pick},
@@ -96,6 +98,29 @@ impl Cut {
     /// Elements of what is cut out.
     pub(super) fn elements(&self) -> usize {
         self.keep.iter().map(Keep::len).product()
+    }
+
+    /// Where the part stands in an output of `shape`, elements of `size` bytes, if it is one run of bytes there.
+    pub(super) fn run(&self, shape: &[usize], size: usize) -> Option<Range<usize>> {
+        let (mut start, mut length, mut stride) = (0, size, size);
+        let mut whole = true;
+        for (keep, extent) in self.keep.iter().zip(shape).rev() {
+            let (from, n) = match keep {
+                Keep::Range(from, n) => (*from, *n),
+                Keep::Some(indices) => match indices[..] {
+                    [index] => (index as usize, 1),
+                    _ => return None,
+                },
+            };
+            if !whole && n != 1 {
+                return None;
+            }
+            whole &= n == *extent;
+            start += from * stride;
+            length *= n;
+            stride *= extent;
+        }
+        Some(start..start + length)
     }
 
     /// Copies the part. `from` holds the whole output of `shape`, elements of `size` bytes; `to` has room for exactly the part.
@@ -274,6 +299,16 @@ mod tests {
                 .select(NdAxis(3), &list(&[], k))
                 .index_axis(NdAxis(0), row).to_owned();
             prop_assert_eq!(&got_shape[..], wanted.shape());
+
+            // What is one run of bytes is the same read in place.
+            let plan = Cut::plan(&pick, &ATTENTION, &shape, batch).unwrap();
+            if let Some(run) = plan.run(&shape, 4) {
+                let all = numbered(&shape);
+                let in_place = &bytemuck::cast_slice::<f32, u8>(&all)[run];
+                prop_assert_eq!(in_place, bytemuck::cast_slice::<f32, u8>(&got));
+            } else if chosen.is_empty() && positions.is_empty() {
+                prop_assert!(q < query || k < key, "only padding cuts a row into pieces");
+            }
             prop_assert_eq!(got, wanted.iter().copied().collect::<Vec<_>>());
         }
     }

@@ -1,4 +1,4 @@
-//! One run: inputs read in place from shared memory, the picked parts of the outputs copied into shared memory.
+//! One run: inputs read in place from shared memory, outputs written or copied into shared memory.
 //!
 //! Only the outputs that a pick names are fetched, and what would not fit is refused before it runs.
 
@@ -10,10 +10,11 @@ use std::{
 use bytes::Bytes;
 use ort::{
     memory::MemoryInfo,
-    session::{RunOptions, Session},
+    session::{RunOptions, Session, SessionOutputs},
 };
 
 use super::{
+    landing::Landing,
     native::Lent,
     pick::{Cut, has_stray},
     tidy, value,
@@ -64,6 +65,15 @@ impl From<ort::Error> for Refused {
     }
 }
 
+impl From<ShmError> for Refused {
+    fn from(e: ShmError) -> Self {
+        match e {
+            ShmError::Exhausted { .. } => Self::of(Failure::ResourceExhausted, e.to_string()),
+            ShmError::System(_) | ShmError::Protocol(_) => Self::runtime(e.to_string()),
+        }
+    }
+}
+
 /// A run that was asked for, shared with whoever may cancel it.
 pub(super) struct Ticket {
     cancelled: AtomicBool,
@@ -102,7 +112,8 @@ pub(super) struct Order {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct RunLimit(pub(super) u64);
 
-/// Runs an order on a session whose outputs are described by `outputs`. The segment holds the tensors of the answer.
+/// Runs an order on a session whose outputs are described by `outputs`. The segments hold the tensors of the answer, in the order in
+/// which it first names them.
 pub(super) fn run(
     session: &mut Session,
     outputs: &[ValueInfo],
@@ -110,75 +121,211 @@ pub(super) fn run(
     ticket: &Ticket,
     pool: &SharedPool,
     limit: RunLimit,
-) -> Result<(Ran, Segment), Refused> {
+) -> Result<(Ran, Vec<Segment>), Refused> {
     if ticket.is_cancelled() {
         return Err(cancelled());
     }
     let (inputs, extents) = lend(session, order)?;
     let wanted = wanted(outputs, &order.picks)?;
     extents.refuse_oversized(outputs, &wanted, &order.picks, limit)?;
-
-    let mut binding = session.create_binding()?;
-    for (name, lent) in &inputs {
-        binding.bind_input(name.as_str(), lent.value())?;
-    }
-    let host = MemoryInfo::default();
-    for output in &wanted {
-        binding.bind_output_to_device(outputs[*output].name.as_str(), &host)?;
-    }
-    let started = Instant::now();
-    let found = session
-        .run_binding_with_options(&binding, &ticket.options)
-        .map_err(|e| {
-            if ticket.is_cancelled() {
-                cancelled()
-            } else if e.code() == ort::ErrorCode::InvalidArgument {
-                Refused::invalid("inputs", tidy(e.message()))
-            } else {
-                Refused::from(e)
-            }
-        })?;
-    let run_micros = micros(started);
-
-    let started = Instant::now();
-    let mut parts = Vec::with_capacity(order.picks.len());
-    let mut total = 0;
-    for (at, pick) in order.picks.iter().enumerate() {
-        let info = &outputs[pick.output as usize];
-        let found = found
-            .get(&info.name)
-            .ok_or_else(|| Refused::runtime(format!("output \"{}\" is missing", info.name)))?;
-        let (dtype, shape, bytes) = value::output(found).map_err(Refused::runtime)?;
-        let cut = Cut::plan(pick, &info.axes, &shape, extents.batch)
-            .map_err(|why| Refused::invalid(format!("picks[{at}]"), why))?;
-        let length = cut.elements() * dtype.size();
-        parts.push((cut, dtype, shape, bytes, total, length));
-        total += aligned(length);
-    }
-    if total as u64 > limit.0 {
-        return Err(oversized(total as u64, limit));
-    }
-    let mut segment = pool.with(|p| p.take(total)).map_err(no_memory)?;
-    let mut ran = Ran {
-        run_micros,
-        ..Ran::default()
+    let work = Work {
+        outputs,
+        picks: &order.picks,
+        wanted,
+        extents,
+        inputs,
+        ticket,
+        pool,
+        limit,
     };
-    for (at, (cut, dtype, shape, bytes, offset, length)) in parts.into_iter().enumerate() {
-        let info = &outputs[order.picks[at].output as usize];
-        let to = &mut segment.bytes_mut()[offset..offset + length];
-        cut.copy(bytes, &shape, dtype.size(), to);
-        if has_stray(dtype, to, info.axes.contains(&Axis::Key)) {
-            ran.non_finite_picks.push(at as u32);
-        }
-        ran.tensors.push(TensorRef {
-            name: info.name.clone(),
-            dtype: dtype as u32,
-            shape: cut.shape.iter().map(|d| *d as u64).collect(),
-            span: Some(segment.span(offset, length)),
-        });
+    let landing = Landing::plan(outputs, &work.wanted, work.picks, extents, pool)?;
+    let landed = landing.is_some();
+    match work.run(session, landing) {
+        // An output of another shape than expected cannot land; then the runtime finds room for all of them.
+        Err(refused) if landed && refused.kind != Failure::Cancelled => work.run(session, None),
+        done => done,
     }
-    ran.copy_micros = micros(started);
-    Ok((ran, segment))
+}
+
+/// A run that is to be made.
+struct Work<'a> {
+    outputs: &'a [ValueInfo],
+    picks: &'a [Pick],
+    /// Indices of the outputs that the picks need.
+    wanted: Vec<usize>,
+    extents: Extents,
+    inputs: Vec<(String, Lent)>,
+    ticket: &'a Ticket,
+    pool: &'a SharedPool,
+    limit: RunLimit,
+}
+
+impl Work<'_> {
+    fn run(
+        &self,
+        session: &mut Session,
+        mut landing: Option<Landing>,
+    ) -> Result<(Ran, Vec<Segment>), Refused> {
+        let done = self.run_into(session, landing.as_mut());
+        // The binding and what the run gave are gone: the landing is ours alone again.
+        match done {
+            Ok((ran, copies)) => {
+                let landing = landing.map(|l| l.segment);
+                let mut segments: Vec<Segment> = landing.into_iter().chain(copies).collect();
+                segments.sort_by_key(|s| {
+                    let of_this = |t: &TensorRef| t.span.is_some_and(|span| s.holds(&span));
+                    ran.tensors.iter().position(of_this)
+                });
+                Ok((ran, segments))
+            }
+            Err(refused) => {
+                if let Some(landing) = landing {
+                    self.pool.with(|p| p.give_back(landing.segment));
+                }
+                Err(refused)
+            }
+        }
+    }
+
+    /// Runs, and copies into a segment what has not landed.
+    fn run_into(
+        &self,
+        session: &mut Session,
+        mut landing: Option<&mut Landing>,
+    ) -> Result<(Ran, Option<Segment>), Refused> {
+        let mut binding = session.create_binding()?;
+        for (name, lent) in &self.inputs {
+            binding.bind_input(name.as_str(), lent.value())?;
+        }
+        let host = MemoryInfo::default();
+        for output in self.wanted.iter().copied() {
+            let name = &self.outputs[output].name;
+            let landed = match &mut landing {
+                Some(landing) => landing.bind(output, name, &mut binding)?,
+                None => false,
+            };
+            if !landed {
+                binding.bind_output_to_device(name.as_str(), &host)?;
+            }
+        }
+        let started = Instant::now();
+        let found = session
+            .run_binding_with_options(&binding, &self.ticket.options)
+            .map_err(|e| {
+                if self.ticket.is_cancelled() {
+                    cancelled()
+                } else if e.code() == ort::ErrorCode::InvalidArgument {
+                    Refused::invalid("inputs", tidy(e.message()))
+                } else {
+                    Refused::from(e)
+                }
+            })?;
+        let run_micros = micros(started);
+        let started = Instant::now();
+        let (ran, copies) = self.pick(&found, landing)?;
+        let ran = Ran {
+            run_micros,
+            copy_micros: micros(started),
+            ..ran
+        };
+        Ok((ran, copies))
+    }
+
+    /// What the picks ask for: where it landed, or copied.
+    fn pick(
+        &self,
+        found: &SessionOutputs<'_>,
+        mut landing: Option<&mut Landing>,
+    ) -> Result<(Ran, Option<Segment>), Refused> {
+        let parts = self.parts(found, landing.as_deref())?;
+        let copied = parts.iter().filter(|p| p.copy.is_some());
+        let end = copied.map(|p| aligned(p.offset + p.length)).max();
+        let copies = end.map(|end| self.pool.with(|p| p.take(end)));
+        let mut copies = copies.transpose()?;
+        let mut ran = Ran::default();
+        for (at, part) in parts.into_iter().enumerate() {
+            let info = &self.outputs[self.picks[at].output as usize];
+            let segment = match part.copy {
+                None => landing.as_deref_mut().map(|l| &mut l.segment),
+                Some(_) => copies.as_mut(),
+            };
+            let segment = segment.ok_or_else(|| Refused::runtime("a pick without a segment"))?;
+            let bytes = &mut segment.bytes_mut()[part.offset..part.offset + part.length];
+            if let Some((from, shape)) = part.copy {
+                part.cut.copy(from, &shape, part.dtype.size(), bytes);
+            }
+            if has_stray(part.dtype, bytes, info.axes.contains(&Axis::Key)) {
+                ran.non_finite_picks.push(at as u32);
+            }
+            ran.tensors.push(TensorRef {
+                name: info.name.clone(),
+                dtype: part.dtype as u32,
+                shape: part.cut.shape.iter().map(|d| *d as u64).collect(),
+                span: Some(segment.span(part.offset, part.length)),
+            });
+        }
+        Ok((ran, copies))
+    }
+
+    fn parts<'f>(
+        &self,
+        found: &'f SessionOutputs<'_>,
+        landing: Option<&Landing>,
+    ) -> Result<Vec<Part<'f>>, Refused> {
+        let mut parts = Vec::with_capacity(self.picks.len());
+        let (mut copied, mut total) = (0, 0);
+        for (at, pick) in self.picks.iter().enumerate() {
+            let info = &self.outputs[pick.output as usize];
+            let cut = |shape: &[usize]| {
+                Cut::plan(pick, &info.axes, shape, self.extents.batch)
+                    .map_err(|why| Refused::invalid(format!("picks[{at}]"), why))
+            };
+            let part = if let Some(place) = landing.and_then(|l| l.place(pick.output as usize)) {
+                let cut = cut(&place.shape)?;
+                let run = cut.run(&place.shape, place.dtype.size());
+                let run = run.ok_or_else(|| Refused::runtime("a landed output in pieces"))?;
+                Part {
+                    cut,
+                    dtype: place.dtype,
+                    offset: place.offset + run.start,
+                    length: run.len(),
+                    copy: None,
+                }
+            } else {
+                let value = found.get(&info.name).ok_or_else(|| {
+                    Refused::runtime(format!("output \"{}\" is missing", info.name))
+                })?;
+                let (dtype, shape, bytes) = value::output(value).map_err(Refused::runtime)?;
+                let cut = cut(&shape)?;
+                let part = Part {
+                    length: cut.elements() * dtype.size(),
+                    cut,
+                    dtype,
+                    offset: copied,
+                    copy: Some((bytes, shape)),
+                };
+                copied += aligned(part.length);
+                part
+            };
+            total += aligned(part.length);
+            parts.push(part);
+        }
+        if total as u64 > self.limit.0 {
+            return Err(oversized(total as u64, self.limit));
+        }
+        Ok(parts)
+    }
+}
+
+/// What a pick brings back.
+struct Part<'f> {
+    cut: Cut,
+    dtype: DType,
+    /// In its segment: the one of the copies, or the landing.
+    offset: usize,
+    length: usize,
+    /// An output in the runtime's memory, with its shape.
+    copy: Option<(&'f [u8], Vec<usize>)>,
 }
 
 fn micros(since: Instant) -> u64 {
@@ -199,20 +346,13 @@ fn oversized(bytes: u64, limit: RunLimit) -> Refused {
     )
 }
 
-fn no_memory(e: ShmError) -> Refused {
-    match e {
-        ShmError::Exhausted { .. } => Refused::of(Failure::ResourceExhausted, e.to_string()),
-        ShmError::System(_) | ShmError::Protocol(_) => Refused::runtime(e.to_string()),
-    }
-}
-
 // ------------------------------------------------------------------------------------------------ inputs
 
 /// Rows and padded tokens of a run.
 #[derive(Clone, Copy, Debug)]
-struct Extents {
-    batch: usize,
-    length: usize,
+pub(super) struct Extents {
+    pub(super) batch: usize,
+    pub(super) length: usize,
 }
 
 /// The inputs as the runtime reads them, checked against what the session takes.
@@ -374,7 +514,10 @@ fn total(parts: impl Iterator<Item = u64>) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use ort::environment::Environment;
+
     use super::*;
+    use crate::onnx::{Attribute, Folder, Limits, Model, Patch, Weights};
 
     #[test]
     fn an_estimate_counts_what_is_picked_and_what_the_outputs_hold() {
@@ -412,5 +555,80 @@ mod tests {
             "{}",
             refused.message
         );
+    }
+
+    fn environment() -> Environment {
+        let library = crate::worker::runtime::probe(None).unwrap().library;
+        let environment = ort::init_from(library).unwrap().with_telemetry(false);
+        environment.build().unwrap()
+    }
+
+    /// A session of a fixture whose logits come out twice as wide as the description says, or as it says.
+    fn classifier(environment: &Environment, twice: bool) -> (Session, ValueInfo) {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models");
+        let folder = Folder::open(&root.join("bert.legacy14")).unwrap();
+        let model = Model::open(&folder, "model.onnx", &Limits::default()).unwrap();
+        let mut patch = Patch::new(&model.graph, "test");
+        let logits = model.graph.outputs()[0].value;
+        if twice {
+            let wide = patch.op("Concat", &[logits, logits], vec![Attribute::int("axis", 1)]);
+            patch.output(wide);
+            patch.keep_outputs(&[wide]);
+        }
+        let model = model.with_graph(patch.apply().unwrap());
+        let session = Session::builder(environment)
+            .and_then(|mut b| b.commit_from_memory(&model.encode(Weights::Inline)))
+            .unwrap();
+        let info = ValueInfo {
+            name: session.outputs()[0].name().to_owned(),
+            dtype: DType::F32,
+            axes: vec![Axis::Batch, Axis::Label],
+            dims: vec![None, Some(3)],
+        };
+        (session, info)
+    }
+
+    fn run_of_two_rows((mut session, info): (Session, ValueInfo)) -> (Vec<u64>, Vec<f32>) {
+        let inputs = session.inputs().iter().map(|input| {
+            let cells: Vec<i64> = vec![1; 8];
+            let tensor = TensorRef {
+                name: input.name().to_owned(),
+                dtype: DType::I64 as u32,
+                shape: vec![2, 4],
+                span: None,
+            };
+            (tensor, Bytes::copy_from_slice(bytemuck::cast_slice(&cells)))
+        });
+        let order = Order {
+            inputs: inputs.collect(),
+            lengths: Vec::new(),
+            picks: vec![Pick {
+                rows: 2,
+                ..Pick::default()
+            }],
+        };
+        let pool = SharedPool::new(1 << 20);
+        let ticket = Ticket::new().unwrap();
+        let limit = RunLimit(1 << 20);
+        let (ran, mut segments) =
+            run(&mut session, &[info], &order, &ticket, &pool, limit).unwrap();
+        let mut segment = segments.pop().unwrap();
+        assert!(segments.is_empty());
+        let span = ran.tensors[0].span.unwrap();
+        let at = span.offset as usize..(span.offset + span.length) as usize;
+        let values = bytemuck::cast_slice(&segment.bytes_mut()[at]).to_vec();
+        (ran.tensors[0].shape.clone(), values)
+    }
+
+    #[test]
+    fn an_output_lands_and_one_of_an_unexpected_shape_is_copied() {
+        let environment = environment();
+        let (shape, landed) = run_of_two_rows(classifier(&environment, false));
+        assert_eq!(shape, [2, 3]);
+        let (shape, copied) = run_of_two_rows(classifier(&environment, true));
+        assert_eq!(shape, [2, 6]);
+        assert_eq!(landed[..3], copied[..3]);
+        assert_eq!(landed[3..], copied[6..9]);
+        assert!(landed.iter().all(|v| v.is_finite() && *v != 0.0));
     }
 }

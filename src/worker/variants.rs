@@ -154,7 +154,7 @@ impl Owner {
             )
         }));
         match done {
-            Ok(Ok((ran, segment))) => sender.send(job.id, event::Kind::Ran(ran), Some(segment)),
+            Ok(Ok((ran, segments))) => sender.send(job.id, event::Kind::Ran(ran), segments),
             Ok(Err(Refused {
                 kind,
                 message,
