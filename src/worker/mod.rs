@@ -18,6 +18,7 @@ mod json;
 mod limits;
 mod load;
 mod native;
+mod normal;
 mod pick;
 mod probe;
 mod run;
