@@ -39,12 +39,17 @@ pub struct Trace {
     pub layers: Vec<LayerTrace>,
     /// Softmaxes that are no attention of a layer.
     pub rejected: Vec<Rejected>,
+    /// Where the stream stops being a sum: an attention without a residual block, before or between layers. Those behind it
+    /// are left out, since nobody can number them.
+    pub interrupted: Option<ValueId>,
     /// The way on from the end of the last layer, one post-dominator after the other.
     pub tail: Vec<ValueId>,
     /// How many steps of `tail` belong to the last layer: as many as lie between any two layers.
     pub between_layers: usize,
     /// Between attention and perceptron of a layer lie steps: a norm after the sum.
     pub norm_after_attention: bool,
+    /// Integers are divided by numbers that depend on the inputs: with short ones, by zero, which kills the process.
+    pub divides: bool,
     /// Numbers that reshapes are made of: an exporter that traced with an example may have left its batch or length there.
     pub written_sizes: Vec<usize>,
     /// Values whose shapes and contents the next step wants.
@@ -65,9 +70,11 @@ pub fn trace(model: &Model) -> Trace {
             attentions: Vec::new(),
             layers: Vec::new(),
             rejected: Vec::new(),
+            interrupted: None,
             tail: Vec::new(),
             between_layers: 0,
             norm_after_attention: false,
+            divides: false,
             written_sizes: Vec::new(),
             observe: graph.outputs().iter().map(|p| p.value).collect(),
         };
@@ -75,11 +82,29 @@ pub fn trace(model: &Model) -> Trace {
     let found = softmaxes(&flow);
     let (attentions, mut rejected) = sort_out(&flow, &found);
     let blocks = blocks(&flow, &attentions);
-    let (layers, orphans) = layers(&flow, &blocks, &attentions);
-    rejected.extend(orphans.into_iter().map(|i| Rejected {
-        softmax: attentions[i].softmax.output,
-        reason: "it lies in no residual block of its own".to_owned(),
-    }));
+    let (mut layers, orphans) = layers(&flow, &blocks, &attentions);
+    let mut interrupted = None;
+    for attention in orphans.into_iter().map(|i| &attentions[i]) {
+        let held = blocks.iter().any(|b| holds(&flow, b, attention));
+        let softmax = attention.softmax.output;
+        rejected.push(Rejected {
+            softmax,
+            reason: if held {
+                "its residual block holds other attentions too".to_owned()
+            } else {
+                "it lies in no residual block".to_owned()
+            },
+        });
+        let breaks = !held && attention.self_attention && attention.score.is_ok();
+        let ended = layers
+            .iter()
+            .take_while(|l| flow.order(l.end) < flow.order(softmax))
+            .count();
+        if breaks && ended < layers.len() {
+            interrupted = Some(softmax);
+            layers.truncate(ended);
+        }
+    }
     let tail = tail(&flow, &layers);
     let mut trace = Trace {
         inputs: roles(
@@ -98,7 +123,9 @@ pub fn trace(model: &Model) -> Trace {
         attentions,
         layers,
         rejected,
+        interrupted,
         tail,
+        divides: !graph.integer_divisions().is_empty(),
         written_sizes: written_sizes(graph),
         observe: Vec::new(),
     };

@@ -150,6 +150,9 @@ pub fn trial_plans(trace: &Trace) -> impl Iterator<Item = TrialPlan> + '_ {
     let main = main_input(trace);
     let lengths: &[(usize, usize)] = match main {
         _ if fixed.length.is_some() => &[(0, 0)],
+        Some(i) if i.role == InputRole::TokenIds && trace.divides => {
+            &[(64, 128), (16, 32), (7, 11)]
+        }
         Some(i) if i.role == InputRole::TokenIds => &[(7, 11), (16, 32), (64, 128)],
         // Pictures whose size the file leaves open.
         Some(i) if i.dims.len() == 4 => &[(32, 32), (224, 224), (64, 64), (384, 384)],

@@ -27,14 +27,13 @@ pub(super) fn check(
     plain: &mut Session,
 ) -> (Vec<Check>, Option<String>) {
     let mut checks = anatomy.checks.clone();
-    let Some(seen) = trials.plan.runs.get(Trials::TWINS) else {
+    let Some(inputs) = inputs(trials, anatomy) else {
         return (checks, None);
     };
     if anatomy.hooks.is_empty() {
         return (checks, None);
     }
     let mut note = None;
-    let inputs = with_head_width(&seen.inputs, anatomy.dims.d_head);
     match exposed(bench, normal, anatomy, &inputs, plain) {
         Ok(pairs) => checks.extend(
             pairs
@@ -55,6 +54,12 @@ pub(super) fn check(
         }
     }
     (checks, note)
+}
+
+/// The inputs that the checks run on; none when no trial ran.
+pub(super) fn inputs(trials: &Trials, anatomy: &Anatomy) -> Option<Vec<(String, Tensor)>> {
+    let seen = trials.plan.runs.get(Trials::TWINS)?;
+    Some(with_head_width(&seen.inputs, anatomy.dims.d_head))
 }
 
 /// The inputs of a trial as the file's own operators take them: an empty past has the width of a head, which the trial did not know yet.

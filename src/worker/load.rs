@@ -1,7 +1,6 @@
 //! From a folder to a model that serves: read, unfuse, find the anatomy by trial runs, certify.
 
 use std::{
-    collections::BTreeMap,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::Instant,
@@ -13,6 +12,7 @@ use super::{
     certificate,
     config::ModelConfig,
     limits,
+    normal::{self, Normal},
     run::RunLimit,
     runtime::{Runtime, RuntimeError},
     session::{Bench, Effort, run},
@@ -21,7 +21,7 @@ use super::{
     weights::SharedWeights,
 };
 use crate::{
-    anatomy::{self, Anatomy, Trace, Trials, certificate::LOGITS, normalise},
+    anatomy::{self, Anatomy, Trace, Trials, certificate::LOGITS},
     ipc::{
         info::{
             Certificate, HookInfo, InputInfo, LoadStage, Missing, ModelInfo, TokenizerInfo,
@@ -76,7 +76,7 @@ pub(super) struct Loaded {
     pub(super) tokenizer: Option<Tokenizer>,
     bench: Bench,
     limit: RunLimit,
-    /// As the file is.
+    /// What plain predicts run: the file as it is, if it runs.
     plain: Model,
     /// Unfused: what rewrites start from.
     normal: Model,
@@ -146,7 +146,11 @@ impl Loaded {
                 .to_string_lossy()
                 .into_owned(),
         };
-        let (normal, unfused) = clock.stage("unfuse", || unfused(&plain));
+        let Normal {
+            model: normal,
+            changed,
+            notes: fusions,
+        } = clock.stage("unfuse", || normal::of(&plain));
         // The plain session is built once here: a model that the runtime refuses must not load.
         let mut plain_session = clock
             .stage("session", || bench.session(&plain, Effort::Full))
@@ -163,6 +167,19 @@ impl Loaded {
                 reason,
             }];
         }
+        let mut served = plain.clone();
+        if changed
+            && let Some(inputs) = certificate::inputs(&trials, &anatomy)
+            && let Some(why) = normal::refused(&mut plain_session, &inputs)
+        {
+            served = normal.clone();
+            plain_session = bench
+                .session(&normal, Effort::Full)
+                .map_err(|why| LoadError::bad(format!("ONNX Runtime refuses the model: {why}")))?;
+            notes.push(format!(
+                "the file's own operators do not run, and predicts use the unfused graph too: {why}"
+            ));
+        }
         let (checks, note) = clock.stage("certificate", || {
             if options.certify {
                 certificate::check(&bench, &normal, &anatomy, &trials, &mut plain_session)
@@ -171,15 +188,20 @@ impl Loaded {
             }
         });
         notes.extend(note);
-        // Without its fusions it must compute what the file computes, or nothing that it shows is the file's.
-        if !unfused.is_empty() && checks.iter().any(|c| c.name == LOGITS && !c.passed) {
+        // What does not compute what the file computes shows nothing of the file.
+        if checks.iter().any(|c| c.name == LOGITS && !c.passed) {
             anatomy.hooks.clear();
             anatomy.missing = vec![Missing {
                 hook: "*".to_owned(),
-                reason: "without its fused operators the model answers differently".to_owned(),
+                reason: if changed {
+                    "without its fused operators the model answers differently"
+                } else {
+                    "with its inside shown the model answers differently"
+                }
+                .to_owned(),
             }];
         }
-        notes.extend(unfused);
+        notes.extend(fusions);
         let divisions = plain.graph.integer_divisions().len();
         if divisions > 0 {
             notes.push(format!(
@@ -219,7 +241,7 @@ impl Loaded {
             tokenizer,
             bench,
             limit: RunLimit(options.max_run_bytes),
-            plain,
+            plain: served,
             normal,
             anatomy,
             spare: Mutex::new(Some(plain_session)),
@@ -291,45 +313,6 @@ impl Loaded {
     pub(super) fn dump(&self) -> String {
         self.normal.graph.dump()
     }
-}
-
-/// The model that rewrites start from: without the fusions that can be undone, and what there is to say about them. One whose fusions
-/// cannot be undone at all stays as it is.
-fn unfused(plain: &Model) -> (Model, Vec<String>) {
-    let unfused = match normalise::unfuse(plain) {
-        Ok(unfused) => unfused,
-        Err(why) => {
-            return (
-                plain.clone(),
-                vec![format!("fused operators stay as they are: {why}")],
-            );
-        }
-    };
-    let mut notes = Vec::new();
-    if !unfused.replaced.is_empty() {
-        let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
-        for replaced in &unfused.replaced {
-            *counts.entry(&replaced.op).or_default() += 1;
-        }
-        let counts: Vec<String> = counts.iter().map(|(op, n)| format!("{n} {op}")).collect();
-        notes.push(format!("unfused for looking inside: {}", counts.join(", ")));
-    }
-    // One line for all nodes that stay for the same reason.
-    let mut left: BTreeMap<(&str, &str), Vec<&str>> = BTreeMap::new();
-    for stays in &unfused.left {
-        left.entry((&stays.op, &stays.reason))
-            .or_default()
-            .push(&stays.node);
-    }
-    for ((op, reason), nodes) in left {
-        let first = nodes[0];
-        let others = match nodes.len() - 1 {
-            0 => String::new(),
-            n => format!(" and {n} more"),
-        };
-        notes.push(format!("{op} \"{first}\"{others} stays fused: {reason}"));
-    }
-    (unfused.model, notes)
 }
 
 fn open_folder(path: &Path, options: &LoadOptions) -> Result<Folder, LoadError> {

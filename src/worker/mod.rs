@@ -19,6 +19,7 @@ mod landing;
 mod limits;
 mod load;
 mod native;
+mod normal;
 mod pick;
 mod probe;
 mod run;

@@ -89,12 +89,21 @@ pub fn read(model: &Model, trace: &Trace, trials: &Trials) -> Anatomy {
     head::named_outputs(&lab, &mut found);
     for rejected in &trace.rejected {
         found.notes.push(format!(
-            "\"{}\" is a softmax but no attention: {}",
+            "the softmax \"{}\" is no attention of a layer: {}",
             model.graph.name(rejected.softmax),
             rejected.reason
         ));
     }
-    if trace.layers.is_empty() {
+    if let Some(softmax) = trace.interrupted {
+        found.lack(
+            &format!("blocks.{}.hook_resid_pre", trace.layers.len()),
+            &format!(
+                "the attention around \"{}\" lies in no residual block, so the layers from there on cannot be told apart \
+                 and numbered",
+                model.graph.name(softmax)
+            ),
+        );
+    } else if trace.layers.is_empty() {
         found.lack(
             "blocks.0.attn.hook_pattern",
             if trace.start.is_none() {
@@ -609,6 +618,10 @@ fn read_ends(lab: &Lab<'_>, found: &mut Found, dims: &mut Dims, positions: Optio
         .get(trace.between_layers + 1..)
         .unwrap_or_default();
     let all: Vec<usize> = positions.map(<[usize]>::to_vec).unwrap_or_default();
+    if trace.interrupted.is_some() {
+        found.lack("ln_final.hook_normalized", "the last layer was not found");
+        return;
+    }
     match norm_along(lab, &end.placed, way, &all) {
         Some((_, norm)) => found.add(
             "ln_final.hook_normalized".to_owned(),
