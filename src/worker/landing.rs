@@ -3,12 +3,14 @@
 //! An output whose shape is known before the run and of which the picks take everything is written by the runtime straight into shared
 //! memory. Every other lands in memory of the runtime, from which the picks are cut out and copied.
 
+use std::collections::HashMap;
+
 use ort::session::IoBinding;
 
 use super::{
     native,
     pick::Cut,
-    run::{Extents, Refused},
+    run::{Extents, Refused, Wanted},
 };
 use crate::{
     ipc::{
@@ -23,13 +25,13 @@ use crate::{
 #[derive(Debug)]
 pub(super) struct Landing {
     pub(super) segment: Segment,
-    places: Vec<Place>,
+    /// By the runtime's name of the output.
+    places: HashMap<String, Place>,
 }
 
 /// The place of one output.
 #[derive(Debug)]
 pub(super) struct Place {
-    output: usize,
     pub(super) dtype: DType,
     pub(super) shape: Vec<usize>,
     pub(super) offset: usize,
@@ -40,25 +42,24 @@ impl Landing {
     /// Places for the outputs that may have one; `None` when none may.
     pub(super) fn plan(
         outputs: &[ValueInfo],
-        wanted: &[usize],
-        picks: &[Pick],
+        wanted: &Wanted<'_>,
         extents: Extents,
         pool: &SharedPool,
     ) -> Result<Option<Self>, Refused> {
-        let mut places = Vec::new();
+        let mut places = HashMap::new();
         let mut total = 0;
-        for output in wanted.iter().copied() {
-            let of_this = picks.iter().filter(|p| p.output as usize == output);
-            if let Some(shape) = picked_whole(&outputs[output], of_this, extents) {
-                let dtype = outputs[output].dtype;
+        for (name, picks) in wanted {
+            let output = &outputs[picks[0].output as usize];
+            if let Some(shape) = picked_whole(output, picks, extents) {
+                let dtype = output.dtype;
                 let length = shape.iter().product::<usize>() * dtype.size();
-                places.push(Place {
-                    output,
+                let place = Place {
                     dtype,
                     shape,
                     offset: total,
                     length,
-                });
+                };
+                places.insert((*name).to_owned(), place);
                 total += aligned(length);
             }
         }
@@ -71,13 +72,8 @@ impl Landing {
 
     /// Binds an output to its place, if it has one. What is bound writes into the segment until the binding and what the run gave
     /// are dropped.
-    pub(super) fn bind(
-        &mut self,
-        output: usize,
-        name: &str,
-        binding: &mut IoBinding,
-    ) -> ort::Result<bool> {
-        let Some(place) = self.places.iter().find(|p| p.output == output) else {
+    pub(super) fn bind(&mut self, name: &str, binding: &mut IoBinding) -> ort::Result<bool> {
+        let Some(place) = self.places.get(name) else {
             return Ok(false);
         };
         let room = &mut self.segment.bytes_mut()[place.offset..place.offset + place.length];
@@ -86,17 +82,13 @@ impl Landing {
     }
 
     /// The place of an output.
-    pub(super) fn place(&self, output: usize) -> Option<&Place> {
-        self.places.iter().find(|p| p.output == output)
+    pub(super) fn place(&self, name: &str) -> Option<&Place> {
+        self.places.get(name)
     }
 }
 
 /// The shape that an output will have, if that is known and each pick takes one run of its bytes, all of them together every byte.
-fn picked_whole<'p>(
-    output: &ValueInfo,
-    picks: impl Iterator<Item = &'p Pick>,
-    extents: Extents,
-) -> Option<Vec<usize>> {
+fn picked_whole(output: &ValueInfo, picks: &[&Pick], extents: Extents) -> Option<Vec<usize>> {
     let shape = expected(output, extents)?;
     let size = output.dtype.size();
     let mut picked = 0;
@@ -142,7 +134,7 @@ mod tests {
             batch: 3,
             length: 4,
         };
-        picked_whole(&pattern(), picks.iter(), extents)
+        picked_whole(&pattern(), &picks.iter().collect::<Vec<_>>(), extents)
     }
 
     fn row(row: u32) -> Pick {

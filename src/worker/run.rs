@@ -3,6 +3,7 @@
 //! Only the outputs that a pick names are fetched, and what would not fit is refused before it runs.
 
 use std::{
+    collections::BTreeMap,
     sync::atomic::{AtomicBool, Ordering},
     time::Instant,
 };
@@ -127,7 +128,7 @@ pub(super) fn run(
     }
     let (inputs, extents) = lend(session, order)?;
     let wanted = wanted(outputs, &order.picks)?;
-    extents.refuse_oversized(outputs, &wanted, &order.picks, limit)?;
+    extents.refuse_oversized(outputs, &wanted, limit)?;
     let work = Work {
         outputs,
         picks: &order.picks,
@@ -138,7 +139,7 @@ pub(super) fn run(
         pool,
         limit,
     };
-    let landing = Landing::plan(outputs, &work.wanted, work.picks, extents, pool)?;
+    let landing = Landing::plan(outputs, &work.wanted, extents, pool)?;
     let landed = landing.is_some();
     match work.run(session, landing) {
         // An output of another shape than expected cannot land; then the runtime finds room for all of them.
@@ -151,8 +152,7 @@ pub(super) fn run(
 struct Work<'a> {
     outputs: &'a [ValueInfo],
     picks: &'a [Pick],
-    /// Indices of the outputs that the picks need.
-    wanted: Vec<usize>,
+    wanted: Wanted<'a>,
     extents: Extents,
     inputs: Vec<(String, Lent)>,
     ticket: &'a Ticket,
@@ -198,14 +198,13 @@ impl Work<'_> {
             binding.bind_input(name.as_str(), lent.value())?;
         }
         let host = MemoryInfo::default();
-        for output in self.wanted.iter().copied() {
-            let name = &self.outputs[output].name;
+        for name in self.wanted.keys().copied() {
             let landed = match &mut landing {
-                Some(landing) => landing.bind(output, name, &mut binding)?,
+                Some(landing) => landing.bind(name, &mut binding)?,
                 None => false,
             };
             if !landed {
-                binding.bind_output_to_device(name.as_str(), &host)?;
+                binding.bind_output_to_device(name, &host)?;
             }
         }
         let started = Instant::now();
@@ -280,7 +279,7 @@ impl Work<'_> {
                 Cut::plan(pick, &info.axes, shape, self.extents.batch)
                     .map_err(|why| Refused::invalid(format!("picks[{at}]"), why))
             };
-            let part = if let Some(place) = landing.and_then(|l| l.place(pick.output as usize)) {
+            let part = if let Some(place) = landing.and_then(|l| l.place(&info.name)) {
                 let cut = cut(&place.shape)?;
                 let run = cut.run(&place.shape, place.dtype.size());
                 let run = run.ok_or_else(|| Refused::runtime("a landed output in pieces"))?;
@@ -435,19 +434,23 @@ fn lend(session: &Session, order: &Order) -> Result<(Vec<(String, Lent)>, Extent
     Ok((lent, extents))
 }
 
-/// The outputs that the picks need, each once, in order.
-fn wanted(outputs: &[ValueInfo], picks: &[Pick]) -> Result<Vec<usize>, Refused> {
-    let mut wanted: Vec<usize> = picks.iter().map(|p| p.output as usize).collect();
-    wanted.sort_unstable();
-    wanted.dedup();
-    match wanted.last() {
-        None => Err(Refused::invalid("picks", "nothing is picked")),
-        Some(last) if *last >= outputs.len() => Err(Refused::invalid(
-            "picks",
-            format!("output {last} of {}", outputs.len()),
-        )),
-        Some(_) => Ok(wanted),
+/// The outputs that are needed, by the runtime's name, and what is picked of each. Several descriptions may share an output: the logits
+/// are an output and a hook point.
+pub(super) type Wanted<'a> = BTreeMap<&'a str, Vec<&'a Pick>>;
+
+fn wanted<'a>(outputs: &'a [ValueInfo], picks: &'a [Pick]) -> Result<Wanted<'a>, Refused> {
+    let mut wanted = Wanted::new();
+    for pick in picks {
+        let output = outputs.get(pick.output as usize).ok_or_else(|| {
+            let what = format!("output {} of {}", pick.output, outputs.len());
+            Refused::invalid("picks", what)
+        })?;
+        wanted.entry(&output.name).or_default().push(pick);
     }
+    if wanted.is_empty() {
+        return Err(Refused::invalid("picks", "nothing is picked"));
+    }
+    Ok(wanted)
 }
 
 // ------------------------------------------------------------------------------------------------ estimate
@@ -458,8 +461,7 @@ impl Extents {
     fn refuse_oversized(
         self,
         outputs: &[ValueInfo],
-        wanted: &[usize],
-        picks: &[Pick],
+        wanted: &Wanted<'_>,
         limit: RunLimit,
     ) -> Result<(), Refused> {
         let whole = Pick {
@@ -467,12 +469,10 @@ impl Extents {
             keep_batch: true,
             ..Pick::default()
         };
-        let held = total(wanted.iter().map(|o| self.bytes(&outputs[*o], &whole)));
-        let picked = total(
-            picks
-                .iter()
-                .map(|p| self.bytes(&outputs[p.output as usize], p)),
-        );
+        let of = |pick: &Pick| &outputs[pick.output as usize];
+        let held = total(wanted.values().map(|p| self.bytes(of(p[0]), &whole)));
+        let picks = wanted.values().flatten();
+        let picked = total(picks.map(|p| self.bytes(of(p), p)));
         let bytes = held.max(picked);
         if bytes > limit.0 {
             return Err(oversized(bytes, limit));
@@ -540,12 +540,9 @@ mod tests {
         assert_eq!(extents.bytes(&pattern, &pick(&[3])), 4 * 100 * 100);
         let whole = 4 * 4 * 12 * 100 * 100;
         let check = |limit| {
-            extents.refuse_oversized(
-                std::slice::from_ref(&pattern),
-                &[0],
-                &[pick(&[3])],
-                RunLimit(limit),
-            )
+            let (outputs, picks) = ([pattern.clone()], [pick(&[3])]);
+            let wanted = wanted(&outputs, &picks)?;
+            extents.refuse_oversized(&outputs, &wanted, RunLimit(limit))
         };
         assert!(check(whole).is_ok());
         let refused = check(whole - 1).unwrap_err();
