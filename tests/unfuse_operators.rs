@@ -2,16 +2,16 @@
 
 #![allow(clippy::wildcard_enum_match_arm)] // a test names what it expects; anything else is a failure
 
-#[path = "support/fused.rs"]
-mod fused;
+#[path = "support/one_node.rs"]
+mod one_node;
 mod support;
 
-use fused::{Case, Fed, In, REWRITTEN, RUNTIME, Seeded, Weight, bools, ints, longs, same};
 use introspectd::{
     anatomy::normalise::Unfused,
     onnx::Attribute,
     tensor::{DType, Tensor},
 };
+use one_node::{Case, Fed, In, REWRITTEN, RUNTIME, Seeded, Weight, bools, ints, longs, same};
 
 /// Sets between which operators changed their form: axes as inputs (13, 18), norms (17, 23), Gelu (20).
 const OPSETS: [u8; 6] = [11, 13, 17, 18, 20, 23];

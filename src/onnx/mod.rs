@@ -29,6 +29,7 @@ mod patch;
 mod proto;
 mod scan;
 mod types;
+mod write;
 
 #[cfg(test)]
 mod build;
@@ -43,3 +44,4 @@ pub use load::Model;
 pub use node::Node;
 pub use patch::{NodeSpec, Patch};
 pub use proto::{dtype_of, number_of};
+pub use write::{END, Writer};

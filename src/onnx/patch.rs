@@ -83,6 +83,17 @@ impl Patch {
         &self.draft
     }
 
+    /// Nodes of the draft, those that are to be removed included.
+    pub fn nodes(&self) -> usize {
+        self.draft.nodes.len()
+    }
+
+    /// Operator types of the nodes that were added since [`Patch::nodes`] said so many.
+    pub fn operators_since(&self, before: usize) -> Vec<String> {
+        let added = self.draft.nodes.iter().skip(before).flatten();
+        added.map(|node| node.op.clone()).collect()
+    }
+
     fn taken(&self, name: &str) -> bool {
         self.draft.index.contains_key(name) || self.draft.inner.contains(name)
     }

@@ -3,10 +3,12 @@
 //! - [`expose()`]: hook points become outputs under canonical axes; with `keep_outputs` off everything that they do not
 //!   need is pruned (early exit).
 //! - [`observe`]: raw values become outputs, for the trials.
+//! - [`gradient`]: the reverse-mode graph of a sum of an output.
 //!
 //! Rewrites are patches: the original graph is never edited, and what a patch makes has passed the checks of a
 //! loaded file.
 
 mod expose;
+pub mod gradient;
 
 pub use expose::{ExposedOutput, Exposure, Observed, RewriteError, Rewritten, expose, observe};

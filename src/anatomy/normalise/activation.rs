@@ -7,9 +7,9 @@
 
 use std::f32::consts::{FRAC_2_PI, SQRT_2};
 
-use super::emit::{END, Emit, Needs};
+use super::emit::{Emit, Needs};
 use crate::{
-    onnx::{Attribute, Node, ValueId},
+    onnx::{Attribute, END, Node, ValueId},
     tensor::DType,
 };
 
@@ -40,11 +40,13 @@ pub(super) fn quick_gelu(e: &mut Emit<'_>, node: &Node) -> Result<(), String> {
     let inner = if alpha == 1.0 {
         x
     } else {
-        let alpha = e.number(alpha, e.dtype(x)?);
+        let dtype = e.dtype(x)?;
+        let alpha = e.number(alpha, dtype);
         e.op("Mul", &[x, alpha])
     };
     let gate = e.op("Sigmoid", &[inner]);
-    e.end(e.wanted(node, 0), "Mul", &[x, gate]);
+    let made = e.wanted(node, 0);
+    e.end(made, "Mul", &[x, gate]);
     Ok(())
 }
 
@@ -56,7 +58,8 @@ pub(super) fn bias_split_gelu(e: &mut Emit<'_>, node: &Node) -> Result<(), Strin
     let left = e.slice(x, -1, 0, half);
     let right = e.slice(x, -1, half, END);
     let gate = write_gelu(e, None, right, dtype);
-    e.end(e.wanted(node, 0), "Mul", &[left, gate]);
+    let made = e.wanted(node, 0);
+    e.end(made, "Mul", &[left, gate]);
     Ok(())
 }
 

@@ -11,10 +11,10 @@
 
 use super::{
     attention_fused::{given_scale, terms},
-    emit::{END, Emit, Needs},
+    emit::{Emit, Needs},
     scores::{self, Heads, Scores},
 };
-use crate::onnx::{Node, ValueId};
+use crate::onnx::{END, Node, ValueId};
 
 /// `com.microsoft.MultiHeadAttention`.
 pub(super) fn attention(e: &mut Emit<'_>, node: &Node) -> Result<(), String> {

@@ -37,7 +37,8 @@ pub(super) fn embed(e: &mut Emit<'_>, node: &Node) -> Result<(), String> {
         let count = e.range(length);
         e.gather(positions, count)
     };
-    let sum = e.end(e.wanted(node, 2), "Add", &[sum, position]);
+    let made = e.wanted(node, 2);
+    let sum = e.end(made, "Add", &[sum, position]);
     norm::write(e, e.wanted(node, 0), sum, dtype, &norm);
     if let lengths @ Some(_) = e.wanted(node, 1) {
         match node.input(7) {

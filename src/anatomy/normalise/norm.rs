@@ -92,7 +92,8 @@ fn skip(e: &mut Emit<'_>, node: &Node, centred: bool) -> Result<(), String> {
         Some(bias) => e.op("Add", &[input, bias]),
         None => input,
     };
-    let stream = e.end(e.wanted(node, 3), "Add", &[input, skip]);
+    let made = e.wanted(node, 3);
+    let stream = e.end(made, "Add", &[input, skip]);
     write(e, e.wanted(node, 0), stream, dtype, &norm);
     Ok(())
 }

@@ -80,7 +80,8 @@ pub(super) fn fused_gemm(e: &mut Emit<'_>, node: &Node) -> Result<(), String> {
         .iter()
         .filter_map(|(from, to)| Some(Attribute::float(to, node.float(from)?)))
         .collect();
-    e.make(e.wanted(node, 0), name, &[Some(product)], own);
+    let made = e.wanted(node, 0);
+    e.make(made, name, &[Some(product)], own);
     Ok(())
 }
 
@@ -100,6 +101,7 @@ pub(super) fn gemm_fast_gelu(e: &mut Emit<'_>, node: &Node) -> Result<(), String
 pub(super) fn bias_add(e: &mut Emit<'_>, node: &Node) -> Result<(), String> {
     let (x, bias, skip) = (node.need(0)?, node.need(1)?, node.need(2)?);
     let projected = e.op("Add", &[x, bias]);
-    e.end(e.wanted(node, 0), "Add", &[projected, skip]);
+    let made = e.wanted(node, 0);
+    e.end(made, "Add", &[projected, skip]);
     Ok(())
 }

@@ -7,9 +7,9 @@
 //! Pairs are halves of a head apart, or neighbours (`interleaved`). A table narrower than half a head leaves the rest of
 //! the head as it is.
 
-use super::emit::{END, Emit, Needs};
+use super::emit::{Emit, Needs};
 use crate::{
-    onnx::{Node, ValueId},
+    onnx::{END, Node, ValueId},
     tensor::DType,
 };
 
