@@ -2,11 +2,12 @@
 
 use std::collections::BTreeSet;
 
+use super::canonical::canonical;
 use crate::{
-    anatomy::{Anatomy, Extent, HookError, HookPoint, InputTrace, Layout, Step},
-    ipc::info::{Axis, InputRole},
-    onnx::{Attribute, Model, OnnxError, Patch, ValueId},
-    tensor::{DType, Tensor},
+    anatomy::{Anatomy, HookError},
+    ipc::info::Axis,
+    onnx::{Model, OnnxError, Patch, ValueId},
+    tensor::DType,
 };
 
 /// Prefix of the names of everything that exposing adds.
@@ -88,7 +89,7 @@ pub fn expose(
     let mut kept = Vec::new();
     for name in &what.hooks {
         let hook = anatomy.resolve(model, name)?;
-        let value = canonical(&mut patch, model, anatomy, &hook)?;
+        let value = canonical(&mut patch, model, anatomy, &hook)?.value();
         let existing = patch.draft().value(name);
         match existing {
             // The file names this very value so.
@@ -140,82 +141,5 @@ pub fn observe(model: &Model, values: &[ValueId]) -> Result<Observed, RewriteErr
             .iter()
             .map(|v| (model.graph.name(*v).to_owned(), *v))
             .collect(),
-    })
-}
-
-/// Appends the steps of a hook point's layout.
-fn canonical(
-    patch: &mut Patch,
-    model: &Model,
-    anatomy: &Anatomy,
-    hook: &HookPoint,
-) -> Result<ValueId, RewriteError> {
-    append(patch, &hook.layout, hook.value, || {
-        batch_of(model, &anatomy.inputs).ok_or_else(|| RewriteError::NoBatch(hook.name.clone()))
-    })
-}
-
-/// The input whose first axis is the batch.
-fn batch_of(model: &Model, inputs: &[InputTrace]) -> Option<ValueId> {
-    inputs
-        .iter()
-        .find(|i| matches!(i.role, InputRole::TokenIds | InputRole::Pixels))
-        .and_then(|i| model.graph.value(&i.name))
-}
-
-fn append(
-    patch: &mut Patch,
-    layout: &Layout,
-    value: ValueId,
-    batch: impl Fn() -> Result<ValueId, RewriteError>,
-) -> Result<ValueId, RewriteError> {
-    let mut at = value;
-    for step in &layout.steps {
-        at = match step {
-            Step::Transpose(perm) => {
-                let perm: Vec<i64> = perm.iter().map(|p| *p as i64).collect();
-                patch.op("Transpose", &[at], vec![Attribute::ints("perm", &perm)])
-            }
-            Step::Reshape(extents) => {
-                let shape = shape(patch, extents, at, &batch)?;
-                patch.op("Reshape", &[at, shape], vec![])
-            }
-        };
-    }
-    Ok(at)
-}
-
-/// The shape operand of a reshape: constants where all is known, pieces of measured shapes otherwise.
-fn shape(
-    patch: &mut Patch,
-    extents: &[Extent],
-    value: ValueId,
-    batch: impl Fn() -> Result<ValueId, RewriteError>,
-) -> Result<ValueId, RewriteError> {
-    let one = |patch: &mut Patch, n: i64| {
-        let tensor = Tensor::from_i64(vec![1], &[n]).expect("one element for one place");
-        patch.constant("extent", &tensor)
-    };
-    let mut parts = Vec::new();
-    for extent in extents {
-        let part = match extent {
-            Extent::Known(n) => one(patch, *n as i64),
-            Extent::Rest => one(patch, -1),
-            Extent::Axis(axis) => {
-                let of = patch.op("Shape", &[value], vec![]);
-                let at = one(patch, *axis as i64);
-                patch.op("Gather", &[of, at], vec![Attribute::int("axis", 0)])
-            }
-            Extent::Batch => {
-                let of = patch.op("Shape", &[batch()?], vec![]);
-                let at = one(patch, 0);
-                patch.op("Gather", &[of, at], vec![Attribute::int("axis", 0)])
-            }
-        };
-        parts.push(part);
-    }
-    Ok(match parts[..] {
-        [only] => only,
-        _ => patch.op("Concat", &parts, vec![Attribute::int("axis", 0)]),
     })
 }

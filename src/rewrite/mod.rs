@@ -3,12 +3,16 @@
 //! - [`expose()`]: hook points become outputs under canonical axes; with `keep_outputs` off everything that they do not
 //!   need is pruned (early exit).
 //! - [`observe`]: raw values become outputs, for the trials.
+//! - [`intervene()`]: hook points become movable, `x := x * scale + shift`.
 //! - [`gradient`]: the reverse-mode graph of a sum of an output.
 //!
 //! Rewrites are patches: the original graph is never edited, and what a patch makes has passed the checks of a
 //! loaded file.
 
+mod canonical;
 mod expose;
 pub mod gradient;
+mod intervene;
 
 pub use expose::{ExposedOutput, Exposure, Observed, RewriteError, Rewritten, expose, observe};
+pub use intervene::{Intervened, Moved, intervene};
