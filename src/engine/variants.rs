@@ -249,14 +249,9 @@ impl<W: Clone> Variants<W> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ipc::spec::Plan;
 
     fn spec(name: &str) -> VariantSpec {
-        VariantSpec {
-            plan: Plan::Rewritten,
-            expose: [name.to_owned()].into(),
-            keep_outputs: true,
-        }
+        VariantSpec::exposing([name])
     }
 
     fn build(variants: &mut Variants<()>, name: &str, bytes: u64, now: Instant) -> (u32, Vec<u32>) {
@@ -343,11 +338,7 @@ mod tests {
     fn idle_variants_leave_and_the_pinned_one_stays() {
         let now = Instant::now();
         let mut variants: Variants<()> = Variants::new(100);
-        let plain = VariantSpec {
-            plan: Plan::Plain,
-            expose: [].into(),
-            keep_outputs: true,
-        };
+        let plain = VariantSpec::plain();
         variants.lookup(&plain, now, ());
         let built = Built {
             id: 0,

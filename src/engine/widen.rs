@@ -91,9 +91,8 @@ mod tests {
 
     fn spec(expose: &[&str], keep_outputs: bool) -> VariantSpec {
         VariantSpec {
-            plan: Plan::Rewritten,
-            expose: expose.iter().map(|s| (*s).to_owned()).collect(),
             keep_outputs,
+            ..VariantSpec::exposing(expose.iter().copied())
         }
     }
 

@@ -3,7 +3,12 @@
 //! Plain data, serialised as JSON inside the worker's frames. A [`VariantSpec`] is canonical: two requests
 //! that need the same graph have equal specs, so that the spec is the key of the cache of sessions.
 
-use std::{collections::BTreeSet, fmt, path::PathBuf, str::FromStr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    path::PathBuf,
+    str::FromStr,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -22,6 +27,65 @@ pub struct VariantSpec {
     /// Whether the model's own outputs are computed too. `false` lets the runtime stop at the last exposed
     /// value (early exit).
     pub keep_outputs: bool,
+    /// Hook points that are moved at run time. The variant then has the inputs `scale:NAME` and `shift:NAME` for each.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub intervene: BTreeSet<String>,
+    /// What is differentiated, if anything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gradient: Option<GradientSpec>,
+}
+
+/// The gradient of an objective, a number per row.
+///
+/// The variant has the inputs [`TARGET_LABEL`] and [`TARGET_WEIGHT`], both `[row, term]`, and where the model's output has positions
+/// [`TARGET_POSITION`]. The objective of a row is the sum over its terms of the weight times the quantity at that position and label;
+/// it comes out as [`OBJECTIVE`] `[row]`, and the gradient with respect to each point as `gradient:NAME`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GradientSpec {
+    /// What a term is.
+    pub of: Quantity,
+    /// Hook points, and how the gradient with respect to each leaves the graph.
+    pub points: BTreeMap<String, Reduction>,
+}
+
+/// Input of a gradient variant: labels of the terms, 64-bit integers.
+pub const TARGET_LABEL: &str = "target:label";
+/// Input of a gradient variant: positions of the terms, 64-bit integers.
+pub const TARGET_POSITION: &str = "target:position";
+/// Input of a gradient variant: weights of the terms, 32-bit floats. A term of weight zero counts for nothing.
+pub const TARGET_WEIGHT: &str = "target:weight";
+/// Output of a gradient variant.
+pub const OBJECTIVE: &str = "objective";
+
+/// What an objective is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Quantity {
+    /// The output as it is.
+    Logit,
+    /// Its logarithmic softmax over the last axis.
+    LogProbability,
+    /// Its softmax over the last axis.
+    Probability,
+}
+
+/// What leaves the graph of a gradient `g` with respect to `x`. All but the whole are sums over the last axis, which goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reduction {
+    /// All of it.
+    Whole,
+    /// `sum g`
+    Sum,
+    /// `sum |g|`
+    AbsoluteSum,
+    /// `sqrt(sum g^2)`
+    L2,
+    /// `sum g x`: input x gradient.
+    TimesValue,
+    /// `sum g d`, with `d` fed as `direction:NAME`.
+    Dot,
 }
 
 /// Which graph a variant starts from.
@@ -41,15 +105,24 @@ impl VariantSpec {
             plan: Plan::Plain,
             expose: BTreeSet::new(),
             keep_outputs: true,
+            intervene: BTreeSet::new(),
+            gradient: None,
+        }
+    }
+
+    /// The unfused graph with the model's own outputs, to be added to.
+    pub fn rewritten() -> Self {
+        Self {
+            plan: Plan::Rewritten,
+            ..Self::plain()
         }
     }
 
     /// The model with these hook points exposed beside its own outputs.
     pub fn exposing<S: Into<String>>(hooks: impl IntoIterator<Item = S>) -> Self {
         Self {
-            plan: Plan::Rewritten,
             expose: hooks.into_iter().map(Into::into).collect(),
-            keep_outputs: true,
+            ..Self::rewritten()
         }
     }
 }

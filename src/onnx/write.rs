@@ -81,6 +81,12 @@ impl Writer {
         self.patch.ints(values)
     }
 
+    /// A list of floats.
+    pub fn floats(&mut self, values: &[f32]) -> ValueId {
+        let tensor = Tensor::from_f32(vec![values.len()], values).expect("as many as the list has");
+        self.patch.constant("floats", &tensor)
+    }
+
     /// An integer without axes.
     pub fn int(&mut self, value: i64) -> ValueId {
         let tensor = Tensor::from_i64(vec![], &[value]).expect("one element for a scalar");

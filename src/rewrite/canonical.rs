@@ -22,10 +22,20 @@ pub(super) fn canonical<'a>(
     anatomy: &Anatomy,
     hook: &'a HookPoint,
 ) -> Result<Canonical<'a>, RewriteError> {
+    canonical_like(patch, (model, anatomy), hook, hook.value)
+}
+
+/// Appends the same steps to a value that is laid out as the hook point's is: its gradient.
+pub(super) fn canonical_like<'a>(
+    patch: &mut Patch,
+    (model, anatomy): (&Model, &Anatomy),
+    hook: &'a HookPoint,
+    value: ValueId,
+) -> Result<Canonical<'a>, RewriteError> {
     let batch =
         || batch_of(model, &anatomy.inputs).ok_or_else(|| RewriteError::NoBatch(hook.name.clone()));
     let mut there = Canonical {
-        raw: hook.value,
+        raw: value,
         steps: Vec::new(),
     };
     for step in &hook.layout.steps {

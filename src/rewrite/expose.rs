@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::canonical::canonical;
+use super::{canonical::canonical, gradient::NoGradient};
 use crate::{
     anatomy::{Anatomy, HookError},
     ipc::info::Axis,
@@ -61,6 +61,9 @@ pub enum RewriteError {
     /// A name is no hook point here.
     #[error(transparent)]
     Hook(#[from] HookError),
+    /// An operator on the way cannot be differentiated.
+    #[error(transparent)]
+    NoGradient(#[from] NoGradient),
     /// Nothing was asked for.
     #[error("a variant without its own outputs must expose at least one hook point")]
     Empty,

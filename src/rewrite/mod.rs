@@ -5,6 +5,7 @@
 //! - [`observe`]: raw values become outputs, for the trials.
 //! - [`intervene()`]: hook points become movable, `x := x * scale + shift`.
 //! - [`gradient`]: the reverse-mode graph of a sum of an output.
+//! - [`variant()`]: all of these together, as a [`VariantSpec`](crate::ipc::spec::VariantSpec) asks for them.
 //!
 //! Rewrites are patches: the original graph is never edited, and what a patch makes has passed the checks of a
 //! loaded file.
@@ -13,6 +14,9 @@ mod canonical;
 mod expose;
 pub mod gradient;
 mod intervene;
+mod objective;
+mod variant;
 
 pub use expose::{ExposedOutput, Exposure, Observed, RewriteError, Rewritten, expose, observe};
 pub use intervene::{Intervened, Moved, intervene};
+pub use variant::{Variant, variant};

@@ -62,6 +62,13 @@ pub(super) fn inputs(trials: &Trials, anatomy: &Anatomy) -> Option<Vec<(String, 
     Some(with_head_width(&seen.inputs, anatomy.dims.d_head))
 }
 
+/// The inputs of every trial.
+pub(super) fn trial_inputs(trials: &Trials, anatomy: &Anatomy) -> Vec<Vec<(String, Tensor)>> {
+    let runs = trials.plan.runs.iter();
+    runs.map(|run| with_head_width(&run.inputs, anatomy.dims.d_head))
+        .collect()
+}
+
 /// The inputs of a trial as the file's own operators take them: an empty past has the width of a head, which the trial did not know yet.
 fn with_head_width(inputs: &[(String, Tensor)], width: Option<usize>) -> Vec<(String, Tensor)> {
     inputs

@@ -11,7 +11,7 @@ use ort::session::{RunOptions, Session};
 use super::{
     certificate,
     config::ModelConfig,
-    limits,
+    limits, measure,
     normal::{self, Normal},
     run::RunLimit,
     runtime::{Runtime, RuntimeError},
@@ -31,7 +31,7 @@ use crate::{
         wire::Failure,
     },
     onnx::{Dim, Folder, Limits, Model, OnnxError},
-    rewrite::{self, Exposure},
+    rewrite,
 };
 
 /// Name of a model file, as the hub has it.
@@ -83,6 +83,8 @@ pub(super) struct Loaded {
     anatomy: Anatomy,
     /// The plain session that the load built, until a plain variant takes it.
     spare: Mutex<Option<Session>>,
+    /// Inputs on which shapes are measured.
+    trials: Vec<measure::Inputs>,
 }
 
 /// Times the stages of a load and tells them.
@@ -243,39 +245,40 @@ impl Loaded {
             limit: RunLimit(options.max_run_bytes),
             plain: served,
             normal,
-            anatomy,
             spare: Mutex::new(Some(plain_session)),
+            trials: certificate::trial_inputs(&trials, &anatomy),
+            anatomy,
         })
     }
 
     /// Builds a variant: its session, and its outputs in the session's order.
     pub(super) fn build(&self, spec: &VariantSpec) -> Result<Built, LoadError> {
-        let (model, mut outputs) = match spec.plan {
-            Plan::Plain => (self.plain.clone(), self.info.outputs.clone()),
-            Plan::Rewritten => {
-                let what = Exposure {
-                    hooks: spec.expose.clone(),
-                    keep_outputs: spec.keep_outputs,
-                };
-                let made =
-                    rewrite::expose(&self.normal, &self.anatomy, &what).map_err(|e| LoadError {
-                        kind: Failure::FailedPrecondition,
-                        message: e.to_string(),
-                    })?;
-                let mut outputs = if spec.keep_outputs {
-                    self.info.outputs.clone()
-                } else {
-                    Vec::new()
-                };
-                outputs.extend(made.outputs.into_iter().map(|o| ValueInfo {
-                    name: o.name,
-                    dtype: o.dtype,
-                    axes: o.axes,
-                    dims: o.dims,
-                }));
-                (made.model, outputs)
-            }
+        let mut outputs = if spec.keep_outputs {
+            self.info.outputs.clone()
+        } else {
+            Vec::new()
         };
+        let model =
+            match spec.plan {
+                Plan::Plain => self.plain.clone(),
+                Plan::Rewritten => {
+                    let measure = |model: &Model, movable: &[String]| {
+                        measure::shapes(&self.bench, model, movable, &self.trials)
+                    };
+                    let made = rewrite::variant(&self.normal, &self.anatomy, spec, measure)
+                        .map_err(|e| LoadError {
+                            kind: Failure::FailedPrecondition,
+                            message: e.to_string(),
+                        })?;
+                    outputs.extend(made.outputs.into_iter().map(|o| ValueInfo {
+                        name: o.name,
+                        dtype: o.dtype,
+                        axes: o.axes,
+                        dims: o.dims,
+                    }));
+                    made.model
+                }
+            };
         let session = match self.take_spare(spec.plan) {
             Some(built) => built,
             None => self

@@ -18,6 +18,7 @@ mod json;
 mod landing;
 mod limits;
 mod load;
+mod measure;
 mod native;
 mod normal;
 mod pick;

@@ -206,6 +206,7 @@ pub async fn start(
             plan: if plain { Plan::Plain } else { Plan::Rewritten },
             expose: wanted.iter().map(|w| w.name.clone()).collect(),
             keep_outputs: plain || output.is_some(),
+            ..VariantSpec::plain()
         },
         // A capture of nothing but the prediction is a predict.
         lane: if plain { Lane::Predict } else { terms.lane },

@@ -357,6 +357,7 @@ impl State {
                     plan: if plain { Plan::Plain } else { Plan::Rewritten },
                     keep_outputs: plain || outputs.iter().any(|o| !o.is_hook),
                     expose: hooks,
+                    ..VariantSpec::plain()
                 },
                 lane,
                 groups,
