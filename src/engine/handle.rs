@@ -151,13 +151,10 @@ impl ModelHandle {
                 "there are no rows: give at least one group",
             ));
         }
+        let inputs = generation.inputs.of_variant(&job.spec, self.info())?;
         let mut rows = Vec::with_capacity(job.groups.len());
         for (index, group) in job.groups.iter().enumerate() {
-            rows.push(
-                generation
-                    .inputs
-                    .check(group, &format!("groups[{index}].inputs"))?,
-            );
+            rows.push(inputs.check(group, &format!("groups[{index}].inputs"))?);
         }
         let (variant, build) = generation.variant(&job.spec, ctx).await?;
         let mut groups = Vec::with_capacity(rows.len());

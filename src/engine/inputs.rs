@@ -4,7 +4,10 @@
 //! present, of the right dtype and extents, token ids inside the vocabulary. Only [`Rows`] can be queued. [`ModelInputs::assemble`]
 //! plans the tensors of a run; their bytes are written straight into the memory that the worker reads (one copy).
 //!
-//! Padding: token ids with the pad id, everything else with zeros, so that the mask hides it. Rows that a model of
+//! A variant may have inputs beside those of the model: [`ModelInputs::of_variant`]. Those that move a hook point broadcast: along any axis
+//! but the batch they may have an extent of one. Left out, they move nothing.
+//!
+//! Padding: token ids with the pad id, scales with ones, everything else with zeros, so that the mask hides it. Rows that a model of
 //! fixed batch size wants beyond those that are there repeat the last row (a row of zeros would have nothing to attend to).
 
 use std::{ops::Range, sync::Arc};
@@ -14,14 +17,17 @@ use super::{
     request::{NamedTensor, RowGroup},
 };
 use crate::{
-    ipc::info::{Axis, InputInfo, InputRole, ModelInfo},
+    ipc::{
+        info::{Axis, HookInfo, InputInfo, InputRole, ModelInfo},
+        spec::{Reduction, TARGET_LABEL, TARGET_POSITION, TARGET_WEIGHT, VariantSpec},
+    },
     tensor::{DType, Tensor},
 };
 
 /// See the module.
 #[derive(Clone, Debug)]
 pub struct ModelInputs {
-    inputs: Vec<Input>,
+    inputs: Arc<[Input]>,
     pads: bool,
     pad_id: i64,
     vocab: Option<usize>,
@@ -43,11 +49,16 @@ struct Input {
     token_axis: Option<usize>,
     /// Extent that the model demands of each axis.
     fixed: Vec<Option<usize>>,
+    /// Along any axis but the batch an extent of one stands for all.
+    broadcasts: bool,
+    /// What stands everywhere when it is left out, and in the padding; without it, the role decides.
+    rest: Option<f32>,
 }
 
-/// A checked row group: one tensor per model input, in the model's order.
+/// A checked row group: one tensor per input, in the order of the inputs.
 #[derive(Clone, Debug)]
 pub struct Rows {
+    inputs: Arc<[Input]>,
     tensors: Vec<Tensor>,
     /// How many.
     pub rows: usize,
@@ -112,6 +123,47 @@ impl ModelInputs {
             fixed_length: info.fixed_length,
             row_tokens,
         }
+    }
+
+    /// The inputs of a variant: those of the model, those that move hook points, those that say what is differentiated.
+    ///
+    /// # Errors
+    /// [`EngineError::FailedPrecondition`] for a hook point whose axes nobody knows.
+    pub fn of_variant(&self, spec: &VariantSpec, info: &ModelInfo) -> Result<Self, EngineError> {
+        if spec.intervene.is_empty() && spec.gradient.is_none() {
+            return Ok(self.clone());
+        }
+        let mut inputs = self.inputs.to_vec();
+        let hook = |name: &str| {
+            info.hook(name).ok_or_else(|| {
+                EngineError::precondition(format!(
+                    "\"{name}\" cannot be moved or differentiated by: it is no hook point of model \"{}\"",
+                    info.name
+                ))
+            })
+        };
+        for name in &spec.intervene {
+            let hook = hook(name)?;
+            inputs.push(Input::moving(format!("scale:{name}"), hook, Some(1.0)));
+            inputs.push(Input::moving(format!("shift:{name}"), hook, Some(0.0)));
+        }
+        if let Some(gradient) = &spec.gradient {
+            inputs.push(Input::of_terms(TARGET_LABEL, DType::I64));
+            inputs.push(Input::of_terms(TARGET_WEIGHT, DType::F32));
+            if info.main_output_has_positions() {
+                inputs.push(Input::of_terms(TARGET_POSITION, DType::I64));
+            }
+            for (name, reduction) in &gradient.points {
+                if *reduction == Reduction::Dot {
+                    let direction = format!("direction:{name}");
+                    inputs.push(Input::moving(direction, hook(name)?, None));
+                }
+            }
+        }
+        Ok(Self {
+            inputs: inputs.into(),
+            ..self.clone()
+        })
     }
 
     /// Rows that every run of this model must have, where its graph fixes them.
@@ -210,6 +262,7 @@ impl ModelInputs {
             .flat_map(|(input, tensor)| input.signature(tensor))
             .collect();
         Ok(Rows {
+            inputs: self.inputs.clone(),
             tensors,
             rows: group.rows,
             length,
@@ -227,18 +280,18 @@ impl ModelInputs {
         let longest = self
             .fixed_length
             .map_or(longest, |fixed| fixed.max(longest));
-        self.inputs
-            .iter()
-            .enumerate()
+        let Some(first) = slices.first() else {
+            return Vec::new();
+        };
+        let inputs = first.rows.inputs.iter().enumerate();
+        inputs
             .map(|(index, input)| {
-                let mut shape = slices
-                    .first()
-                    .map_or_else(Vec::new, |s| s.rows.tensors[index].shape().to_vec());
+                let mut shape = first.rows.tensors[index].shape().to_vec();
+                if let Some(axis) = input.padded_axis(&shape) {
+                    shape[axis] = longest;
+                }
                 if input.batched && !shape.is_empty() {
                     shape[0] = rows;
-                }
-                if let Some(axis) = input.token_axis {
-                    shape[axis] = longest;
                 }
                 Planned {
                     name: &input.name,
@@ -248,10 +301,11 @@ impl ModelInputs {
                     input,
                     slices,
                     longest,
-                    pad: if input.role == InputRole::TokenIds {
-                        self.pad_id
-                    } else {
-                        0
+                    pad: match (input.role, input.rest) {
+                        (InputRole::TokenIds, _) => self.pad_id,
+                        // Zero or one.
+                        (_, Some(rest)) => i64::from(rest != 0.0),
+                        (_, None) => 0,
                     },
                 }
             })
@@ -363,7 +417,45 @@ impl Input {
             batched,
             token_axis,
             fixed,
+            broadcasts: false,
+            rest: None,
         }
+    }
+
+    /// One that is set against the value of a hook point.
+    fn moving(name: String, hook: &HookInfo, rest: Option<f32>) -> Self {
+        Self {
+            name,
+            dtype: hook.dtype,
+            role: InputRole::Other,
+            batched: true,
+            token_axis: hook.axes.iter().position(Axis::is_token),
+            fixed: std::iter::once(None)
+                .chain(hook.dims.iter().skip(1).copied())
+                .collect(),
+            broadcasts: true,
+            rest,
+        }
+    }
+
+    /// One with an entry for each term of an objective.
+    fn of_terms(name: &str, dtype: DType) -> Self {
+        Self {
+            name: name.to_owned(),
+            dtype,
+            role: InputRole::Other,
+            batched: true,
+            token_axis: None,
+            fixed: vec![None, None],
+            broadcasts: false,
+            rest: None,
+        }
+    }
+
+    /// The token axis of a tensor of this shape, unless one entry stands for all tokens.
+    fn padded_axis(&self, shape: &[usize]) -> Option<usize> {
+        self.token_axis
+            .filter(|axis| !(self.broadcasts && shape[*axis] == 1))
     }
 
     /// Checks a given tensor; the first one with a token axis tells the length.
@@ -391,6 +483,8 @@ impl Input {
         for (axis, extent) in shape.iter().enumerate() {
             let wanted = if axis == 0 && self.batched {
                 Some(rows)
+            } else if self.broadcasts && *extent == 1 {
+                None
             } else if Some(axis) == self.token_axis {
                 Some(*length.get_or_insert(*extent))
             } else {
@@ -416,6 +510,12 @@ impl Input {
             let shape = vec![rows, *heads, 0, *width];
             return Tensor::new(self.dtype, shape, bytes::Bytes::new()).ok();
         }
+        if let Some(rest) = self.rest {
+            let mut shape = vec![1; self.fixed.len()];
+            shape[0] = rows;
+            let filled = Tensor::from_f32(shape, &vec![rest; rows]).ok()?;
+            return filled.cast_float(self.dtype).ok();
+        }
         let length = length?;
         if self.token_axis != Some(1) || !self.batched || self.fixed.len() != 2 {
             return None;
@@ -439,13 +539,18 @@ impl Input {
 
     /// Everything about a tensor's shape that rows of a run must share.
     fn signature<'a>(&'a self, tensor: &'a Tensor) -> impl Iterator<Item = u64> + 'a {
-        tensor.shape().iter().enumerate().map(|(axis, extent)| {
-            if (axis == 0 && self.batched) || Some(axis) == self.token_axis {
-                0
-            } else {
-                *extent as u64
-            }
-        })
+        let padded = self.padded_axis(tensor.shape());
+        tensor
+            .shape()
+            .iter()
+            .enumerate()
+            .map(move |(axis, extent)| {
+                if (axis == 0 && self.batched) || Some(axis) == padded {
+                    0
+                } else {
+                    *extent as u64
+                }
+            })
     }
 }
 
@@ -489,7 +594,8 @@ impl Planned<'_> {
 
     /// Copies a row (or a tensor without rows), padding its token axis up to the longest of the run.
     fn pad_to(&self, source: &[u8], shape: &[usize], target: &mut [u8], pad: &[u8]) {
-        let Some(axis) = self.input.token_axis.filter(|a| shape[*a] != self.longest) else {
+        let axis = self.input.padded_axis(shape);
+        let Some(axis) = axis.filter(|a| shape[*a] != self.longest) else {
             target.copy_from_slice(source);
             return;
         };

@@ -291,3 +291,126 @@ proptest! {
         prop_assert_eq!(mask as usize, groups.iter().map(|g| g.rows * g.length).sum::<usize>());
     }
 }
+
+fn moving(points: &[&str]) -> ModelInputs {
+    let info = testing::info();
+    let spec = VariantSpec {
+        intervene: points.iter().map(|p| (*p).to_owned()).collect(),
+        ..VariantSpec::rewritten()
+    };
+    ModelInputs::new(&info).of_variant(&spec, &info).unwrap()
+}
+
+fn floats(name: &str, shape: &[usize], values: &[f32]) -> NamedTensor {
+    NamedTensor {
+        name: name.into(),
+        tensor: Tensor::from_f32(shape.to_vec(), values).unwrap(),
+    }
+}
+
+fn written_floats(planned: &Planned<'_>) -> Vec<f32> {
+    let mut bytes = vec![0xee; planned.bytes()];
+    planned.write(&mut bytes);
+    let floats = bytes.as_chunks().0.iter();
+    floats.map(|b| f32::from_le_bytes(*b)).collect()
+}
+
+#[test]
+fn what_moves_a_hook_point_broadcasts_is_padded_and_moves_nothing_when_left_out() {
+    let inputs = moving(&["hook_embed"]);
+    let full: Vec<f32> = (0..2 * 16).map(|i| i as f32).collect();
+    let mut moved = group([1, 2], &[5, 6]);
+    moved
+        .inputs
+        .push(floats("shift:hook_embed", &[1, 2, 16], &full));
+    let moved = inputs.check(&moved, "g").unwrap();
+    let mut longer = group([1, 3], &[7, 8, 9]);
+    let whole_shift: Vec<f32> = vec![0.5; 3 * 16];
+    longer
+        .inputs
+        .push(floats("shift:hook_embed", &[1, 3, 16], &whole_shift));
+    let longer = inputs.check(&longer, "g").unwrap();
+    assert_eq!(moved.signature, longer.signature, "they may share a run");
+    let slices = [whole(&moved), whole(&longer)];
+    let planned = inputs.assemble(&slices);
+    let find = |name: &str| planned.iter().find(|p| p.name == name).unwrap();
+    let (scale, shift) = (find("scale:hook_embed"), find("shift:hook_embed"));
+    assert_eq!(
+        (&scale.shape[..], &shift.shape[..]),
+        (&[2, 1, 1][..], &[2, 3, 16][..])
+    );
+    assert_eq!(written_floats(scale), [1.0, 1.0]);
+    let shifts = written_floats(shift);
+    assert_eq!(shifts[..32], full[..]);
+    assert!(
+        shifts[32..48].iter().all(|v| *v == 0.0),
+        "padding is not shifted"
+    );
+    assert_eq!(shifts[48..], whole_shift[..]);
+}
+
+#[test]
+fn a_row_that_is_shifted_as_a_whole_shares_no_run_with_one_that_is_shifted_by_token() {
+    let inputs = moving(&["hook_embed"]);
+    let shifted = |shape: [usize; 3]| {
+        let mut group = group([1, 2], &[5, 6]);
+        let values = vec![1.0; shape.iter().product()];
+        group
+            .inputs
+            .push(floats("shift:hook_embed", &shape, &values));
+        inputs.check(&group, "g")
+    };
+    let (all, each) = (shifted([1, 1, 16]).unwrap(), shifted([1, 2, 16]).unwrap());
+    assert_ne!(all.signature, each.signature);
+    let wrong = message(shifted([1, 3, 16]));
+    assert!(
+        wrong.starts_with("g.shift:hook_embed: ") && wrong.contains("axis 1"),
+        "{wrong}"
+    );
+    let wrong = message(shifted([2, 2, 16]));
+    assert!(wrong.contains("axis 0"), "{wrong}");
+    let wrong = message(shifted([1, 2, 15]));
+    assert!(wrong.contains("axis 2"), "{wrong}");
+}
+
+#[test]
+fn an_objective_must_be_given_and_its_terms_count() {
+    use crate::ipc::spec::{GradientSpec, Quantity};
+    let info = testing::info();
+    let spec = VariantSpec {
+        gradient: Some(GradientSpec {
+            of: Quantity::Logit,
+            points: [("hook_embed".to_owned(), Reduction::Dot)].into(),
+        }),
+        ..VariantSpec::rewritten()
+    };
+    let inputs = ModelInputs::new(&info).of_variant(&spec, &info).unwrap();
+    let missing = message(inputs.check(&group([1, 2], &[5, 6]), "g"));
+    assert!(
+        missing.contains("target:label") && missing.contains("give it"),
+        "{missing}"
+    );
+    let terms = |n: usize| {
+        let mut group = group([1, 2], &[5, 6]);
+        group
+            .inputs
+            .push(named("target:label", &[1, n], &vec![0; n]));
+        group
+            .inputs
+            .push(floats("target:weight", &[1, n], &vec![1.0; n]));
+        group
+            .inputs
+            .push(floats("direction:hook_embed", &[1, 1, 1], &[1.0]));
+        inputs.check(&group, "g").unwrap()
+    };
+    assert_ne!(terms(1).signature, terms(2).signature);
+    let unknown = VariantSpec {
+        intervene: ["value:x".to_owned()].into(),
+        ..VariantSpec::rewritten()
+    };
+    let refused = ModelInputs::new(&info).of_variant(&unknown, &info);
+    assert!(matches!(
+        refused,
+        Err(EngineError::FailedPrecondition { .. })
+    ));
+}

@@ -306,6 +306,12 @@ pub struct ModelInfo {
 }
 
 impl ModelInfo {
+    /// Whether the main output has an axis of positions: one label, or one token, for each of them.
+    pub fn main_output_has_positions(&self) -> bool {
+        let output = self.outputs.iter().find(|o| o.name == self.main_output);
+        output.is_some_and(|o| o.axes.iter().any(Axis::is_token))
+    }
+
     /// The hook point of a canonical name, an alias, or a short form (`resid_post.3`, `pattern.0`).
     pub fn hook(&self, name: &str) -> Option<&HookInfo> {
         self.hooks
