@@ -43,7 +43,7 @@ pub(super) fn canonical_like<'a>(
         let made = match step {
             Step::Transpose(perm) => transposed(patch, at, perm),
             Step::Reshape(extents) => {
-                let shape = shape(patch, extents, at, &batch)?;
+                let shape = shape(patch, extents, at, batch)?;
                 patch.op("Reshape", &[at, shape], vec![])
             }
         };

@@ -104,10 +104,10 @@ pub(super) fn extreme(t: &mut Tape<'_>, node: &Node, given: Given<'_>) -> Result
         let equal = t.op("Equal", &[*x, y]);
         hits.push(t.cast(equal, dtype));
     }
-    let count = hits[1..]
-        .to_vec()
-        .into_iter()
-        .fold(hits[0], |sum, hit| t.op("Add", &[sum, hit]));
+    let mut count = hits[0];
+    for hit in &hits[1..] {
+        count = t.op("Add", &[count, *hit]);
+    }
     let share = t.op("Div", &[g, count]);
     for (x, hit) in inputs.into_iter().zip(hits) {
         if t.wants(x) {
