@@ -33,6 +33,7 @@ fn spec(of: Quantity, reduction: Reduction) -> VariantSpec {
     VariantSpec {
         intervene: [EMBED.to_owned()].into(),
         gradient: Some(GradientSpec {
+            at: None,
             of,
             points: BTreeMap::from([(EMBED.to_owned(), reduction)]),
         }),

@@ -103,6 +103,8 @@ settings! {
         "Memory of each model's graph variants; when full, the longest unused leave";
     max_capture: usize = "512MiB", "INTROSPECTD_MAX_CAPTURE", "SIZE", parse::size,
         "Largest capture of one input, by its estimate before it runs";
+    max_rows: usize = "262144", "INTROSPECTD_MAX_ROWS", "N", parse::positive,
+        "Most rows that one explanation runs, by its estimate before it runs";
     max_message: usize = "4MiB", "INTROSPECTD_MAX_MESSAGE", "SIZE", parse::message_size,
         "Largest message that is accepted, after decompression";
     max_connections: usize = "1024", "INTROSPECTD_MAX_CONNECTIONS", "N", parse::positive,

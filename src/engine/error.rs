@@ -82,6 +82,26 @@ pub enum EngineError {
 }
 
 impl EngineError {
+    /// Puts the field of what was invalid beneath another: `ids` and `tokens` give `tokens.ids`.
+    #[must_use]
+    pub fn beneath(self, field: &str) -> Self {
+        match self {
+            Self::InvalidArgument { field: at, message } => Self::InvalidArgument {
+                field: format!("{field}.{at}"),
+                message,
+            },
+            Self::NotFound { .. }
+            | Self::FailedPrecondition { .. }
+            | Self::ResourceExhausted { .. }
+            | Self::Unavailable { .. }
+            | Self::DeadlineExceeded
+            | Self::Cancelled
+            | Self::DataLoss { .. }
+            | Self::WorkerDied { .. }
+            | Self::Internal { .. } => self,
+        }
+    }
+
     /// A field that the model cannot take.
     pub fn invalid(field: impl AsRef<str>, message: impl AsRef<str>) -> Self {
         Self::InvalidArgument {

@@ -150,7 +150,7 @@ impl ModelInputs {
         if let Some(gradient) = &spec.gradient {
             inputs.push(Input::of_terms(TARGET_LABEL, DType::I64));
             inputs.push(Input::of_terms(TARGET_WEIGHT, DType::F32));
-            if info.main_output_has_positions() {
+            if gradient.at.is_some() || info.main_output_has_positions() {
                 inputs.push(Input::of_terms(TARGET_POSITION, DType::I64));
             }
             for (name, reduction) in &gradient.points {

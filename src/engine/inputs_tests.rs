@@ -379,6 +379,7 @@ fn an_objective_must_be_given_and_its_terms_count() {
     let info = testing::info();
     let spec = VariantSpec {
         gradient: Some(GradientSpec {
+            at: None,
             of: Quantity::Logit,
             points: [("hook_embed".to_owned(), Reduction::Dot)].into(),
         }),

@@ -37,7 +37,7 @@ pub struct VariantSpec {
 
 /// The gradient of an objective, a number per row.
 ///
-/// The variant has the inputs [`TARGET_LABEL`] and [`TARGET_WEIGHT`], both `[row, term]`, and where the model's output has positions
+/// The variant has the inputs [`TARGET_LABEL`] and [`TARGET_WEIGHT`], both `[row, term]`, and where the scores have positions
 /// [`TARGET_POSITION`]. The objective of a row is the sum over its terms of the weight times the quantity at that position and label;
 /// it comes out as [`OBJECTIVE`] `[row]`, and the gradient with respect to each point as `gradient:NAME`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -45,6 +45,9 @@ pub struct VariantSpec {
 pub struct GradientSpec {
     /// What a term is.
     pub of: Quantity,
+    /// Hook point that holds the scores; the model's main output unless said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at: Option<String>,
     /// Hook points, and how the gradient with respect to each leaves the graph.
     pub points: BTreeMap<String, Reduction>,
 }
@@ -62,7 +65,7 @@ pub const OBJECTIVE: &str = "objective";
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Quantity {
-    /// The output as it is.
+    /// The score as it is.
     Logit,
     /// Its logarithmic softmax over the last axis.
     LogProbability,

@@ -147,6 +147,15 @@ pub fn tokens(encoding: Encoding) -> Vec<Token> {
         .collect()
 }
 
+/// The field of a request that the engine finds fault with, when it does.
+pub fn field_of(input: &Input) -> &'static str {
+    match input {
+        Input::Text { .. } => "input.text.text",
+        Input::Tokens { .. } => "input.tokens.ids",
+        Input::Tensors(_) => "input.tensors",
+    }
+}
+
 /// The row of token ids. Mask, positions and (where none are given) segments are the engine's to fill in.
 ///
 /// # Errors
@@ -159,11 +168,11 @@ pub fn row(info: &ModelInfo, ids: &[u32], type_ids: &[u32]) -> Result<RowGroup, 
             names(&info.inputs)
         ))
     })?;
-    let mut inputs = vec![named(input, ids)?];
+    let mut inputs = vec![rows_of_ids(input, 1, ids)?];
     if let Some(segments) = info.input(InputRole::TypeIds)
         && type_ids.len() == ids.len()
     {
-        inputs.push(named(segments, type_ids)?);
+        inputs.push(rows_of_ids(segments, 1, type_ids)?);
     }
     Ok(RowGroup {
         inputs,
@@ -193,7 +202,15 @@ pub fn at_field(error: EngineError, input: &str) -> EngineError {
     }
 }
 
-fn named(input: &InputInfo, ids: &[u32]) -> Result<NamedTensor, EngineError> {
+/// Ids as an input takes them, `[rows, ids of a row]`.
+///
+/// # Errors
+/// [`EngineError::FailedPrecondition`] for an input that takes something else than integers of 32 or 64 bits.
+pub fn rows_of_ids(
+    input: &InputInfo,
+    rows: usize,
+    ids: &[u32],
+) -> Result<NamedTensor, EngineError> {
     let bytes: Vec<u8> = match input.dtype {
         DType::I64 => ids
             .iter()
@@ -220,8 +237,12 @@ fn named(input: &InputInfo, ids: &[u32]) -> Result<NamedTensor, EngineError> {
             )));
         }
     };
-    let tensor = Tensor::new(input.dtype, vec![1, ids.len()], Bytes::from(bytes))
-        .map_err(EngineError::internal)?;
+    let tensor = Tensor::new(
+        input.dtype,
+        vec![rows, ids.len() / rows.max(1)],
+        Bytes::from(bytes),
+    )
+    .map_err(EngineError::internal)?;
     Ok(NamedTensor {
         name: input.name.clone(),
         tensor,

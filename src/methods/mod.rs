@@ -7,8 +7,10 @@
 //! - [`select`]: names, aliases, kinds and patterns to the hook points that they mean;
 //! - [`reduce`]: pooling, top-k, sparse attention;
 //! - [`predict`]: what the model's output says;
-//! - [`capture`]: all of these in a row.
+//! - [`capture`]: all of these in a row;
+//! - [`attribute`]: what each part of the input contributes to a number that the model computes.
 
+pub mod attribute;
 pub mod capture;
 pub mod input;
 pub mod predict;

@@ -153,7 +153,8 @@ pub async fn spell(
     Ok(())
 }
 
-fn label(info: &ModelInfo, index: u32) -> String {
+/// The name of a class; empty for tokens, which only the vocabulary spells.
+pub fn label(info: &ModelInfo, index: u32) -> String {
     match info.task {
         Task::SequenceClassification | Task::TokenClassification | Task::ImageClassification => {
             // Models without names get those that transformers gives them.

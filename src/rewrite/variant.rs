@@ -13,10 +13,10 @@ use super::{
     objective::{Objective, Scores, objective},
 };
 use crate::{
-    anatomy::{Anatomy, HookPoint},
+    anatomy::{Anatomy, HookPoint, Layout},
     ipc::{
         info::Axis,
-        spec::{GradientSpec, OBJECTIVE, Reduction, VariantSpec},
+        spec::{GradientSpec, OBJECTIVE, Reduction, VALUE_PREFIX, VariantSpec},
     },
     onnx::{Dim, Model, Patch, ValueId, Writer},
     tensor::DType,
@@ -96,11 +96,14 @@ fn differentiate(
     spec: &GradientSpec,
     shapes: &Shapes,
 ) -> Result<Variant, RewriteError> {
-    let scores = scores(anatomy)?;
+    let scores = match &spec.at {
+        Some(name) => inside(model, anatomy, name)?,
+        None => scores(anatomy)?,
+    };
     let hooks: Vec<(&String, Reduction, HookPoint)> = spec
         .points
         .iter()
-        .map(|(name, reduction)| Ok((name, *reduction, anatomy.resolve(model, name)?)))
+        .map(|(name, reduction)| Ok((name, *reduction, point(model, anatomy, name)?)))
         .collect::<Result<_, RewriteError>>()?;
     let mut w = Writer::new(Patch::new(&model.graph, PREFIX), model.opset());
     let Objective { seed, inputs, .. } = objective(&mut w, scores, spec.of)?;
@@ -119,7 +122,7 @@ fn differentiate(
     let gradients = backward(&mut w, shapes, (scores.value, seed), &points)?;
     for ((name, reduction, hook), gradient) in hooks.into_iter().zip(gradients) {
         let gradient = gradient.ok_or_else(|| {
-            RewriteError::Graph(format!("the main output does not depend on \"{name}\""))
+            RewriteError::Graph(format!("what is explained does not depend on \"{name}\""))
         })?;
         let there = canonical_like(&mut w.patch, (model, anatomy), &hook, gradient)?.value();
         let direction = format!("direction:{name}");
@@ -153,6 +156,34 @@ fn differentiate(
     })
 }
 
+/// What is differentiated by: a hook point, or an input of floats such as pixels.
+fn point(model: &Model, anatomy: &Anatomy, name: &str) -> Result<HookPoint, RewriteError> {
+    let pixels = name.strip_prefix(VALUE_PREFIX).and_then(|name| {
+        let mut inputs = anatomy.inputs.iter();
+        inputs.find(|i| i.name == name && i.dtype.is_float())
+    });
+    let Some(input) = pixels else {
+        return Ok(anatomy.resolve(model, name)?);
+    };
+    Ok(HookPoint {
+        name: name.to_owned(),
+        aliases: Vec::new(),
+        layer: None,
+        value: input.value,
+        layout: Layout::identity(),
+        axes: input.axes(),
+        dims: input
+            .dims
+            .iter()
+            .map(|d| match d {
+                Dim::Fixed(n) => usize::try_from(*n).ok(),
+                Dim::Named(_) | Dim::Unknown => None,
+            })
+            .collect(),
+        dtype: input.dtype,
+    })
+}
+
 /// The output that objectives are made of.
 fn scores(anatomy: &Anatomy) -> Result<Scores, RewriteError> {
     let main = anatomy.main_output.and_then(|value| {
@@ -172,6 +203,22 @@ fn scores(anatomy: &Anatomy) -> Result<Scores, RewriteError> {
     Ok(Scores {
         value,
         rank: hook.axes.len(),
+        dtype: hook.dtype,
+    })
+}
+
+/// A hook point that objectives are made of.
+fn inside(model: &Model, anatomy: &Anatomy, name: &str) -> Result<Scores, RewriteError> {
+    let hook = anatomy.resolve(model, name)?;
+    let fits = matches!(hook.axes[..], [Axis::Batch, Axis::Pos, _]) && hook.layout.is_identity();
+    if !fits || !hook.dtype.is_float() {
+        return Err(RewriteError::Graph(format!(
+            "\"{name}\" does not lie in the graph as batch, position and one axis more, as a number to explain must"
+        )));
+    }
+    Ok(Scores {
+        value: hook.value,
+        rank: 3,
         dtype: hook.dtype,
     })
 }

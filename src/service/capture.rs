@@ -6,6 +6,7 @@ use futures::{Stream, StreamExt as _, stream};
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{
+    bulk,
     call::Call,
     daemon::State,
     explained::Explained,
@@ -21,9 +22,6 @@ use crate::{
     engine::{Ctx, EngineError, Lane},
     methods::capture::{self, Question, Started, Terms},
 };
-
-/// Inputs of a bulk stream that are worked on at a time: enough to fill a run while another is sent.
-const AHEAD: usize = 32;
 
 type Messaged<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
@@ -58,10 +56,10 @@ impl CaptureService for Captures {
             match started.finish(&ctx).await {
                 Ok(captured) => {
                     let messages = Messages::new(captured, truncated, call.arrived);
-                    Told {
+                    stream::iter(Told {
                         messages,
                         explained: Some(explained),
-                    }
+                    })
                     .map(Ok)
                     .left()
                 }
@@ -86,10 +84,12 @@ impl CaptureService for Captures {
     ) -> Result<Response<Self::CaptureStreamStream>, Status> {
         let call = Call::of(&request);
         let state = self.state.clone();
-        let answers = one_model(request.into_inner())
+        let split = |r: pb::CaptureStreamRequest| (r.id, r.request);
+        let answers = bulk::one_model(request.into_inner(), split, |r| &r.model)
             .map(move |request| bulk_answer(state.clone(), call.clone(), request))
-            .buffered(AHEAD);
-        Ok(Response::new(Box::pin(bulk(answers))))
+            .buffered(bulk::AHEAD);
+        let messages = bulk::messages(answers, Ledger::count, bulk_message);
+        Ok(Response::new(Box::pin(messages)))
     }
 }
 
@@ -111,8 +111,10 @@ struct Told {
     explained: Option<Explained>,
 }
 
-impl Told {
-    fn tell(&mut self) -> Option<Message> {
+impl Iterator for Told {
+    type Item = Message;
+
+    fn next(&mut self) -> Option<Message> {
         let message = self.messages.next();
         if let Some(Message::Summary(_)) = message
             && let Some(explained) = self.explained.take()
@@ -120,17 +122,6 @@ impl Told {
             explained.answered(&self.messages.timings());
         }
         message
-    }
-}
-
-impl Stream for Told {
-    type Item = Message;
-
-    fn poll_next(
-        mut self: Pin<&mut Self>,
-        _: &mut std::task::Context<'_>,
-    ) -> std::task::Poll<Option<Message>> {
-        std::task::Poll::Ready(self.tell())
     }
 }
 
@@ -186,42 +177,12 @@ fn header(started: &Started) -> pb::CaptureHeader {
     }
 }
 
-/// The requests of a bulk stream as they come. A stream that breaks ends; one whose requests name different models fails those that
-/// differ from the first.
-fn one_model(
-    requests: Streaming<pb::CaptureStreamRequest>,
-) -> impl Stream<Item = Result<(String, Result<pb::CaptureRequest, EngineError>), Status>> {
-    let mut first: Option<String> = None;
-    requests.map(move |request| {
-        let pb::CaptureStreamRequest { id, request } = request?;
-        let id = from_proto::id(id).map_err(|e| status::status(&e))?;
-        let request = request
-            .ok_or_else(|| EngineError::invalid("request", "is missing: give the capture to make"));
-        let checked = request.and_then(|r| {
-            let model = first.get_or_insert_with(|| r.model.clone());
-            if r.model == *model {
-                return Ok(r);
-            }
-            Err(EngineError::invalid(
-                "request.model",
-                format!("a stream asks one model, and the first request named \"{model}\""),
-            ))
-        });
-        Ok((id, checked))
-    })
-}
-
 /// The answer to one input of many.
-enum BulkAnswer {
-    Whole(pb::CaptureHeader, Box<Told>),
-    Failed(EngineError),
-}
-
 async fn bulk_answer(
     state: Arc<State>,
     call: Call,
-    request: Result<(String, Result<pb::CaptureRequest, EngineError>), Status>,
-) -> Result<(String, BulkAnswer), Status> {
+    request: Result<bulk::Asked<pb::CaptureRequest>, Status>,
+) -> Result<(String, bulk::Answered<Message>), Status> {
     let (id, request) = request?;
     // Its own time: that of the stream says nothing.
     let call = Call {
@@ -230,7 +191,12 @@ async fn bulk_answer(
     };
     let ctx = call.ctx();
     let answer = async {
-        let (started, explained) = start_when_there_is_room(&state, request?, &call, &ctx).await?;
+        let request = request?;
+        let until = call.arrived + state.config.stall_limit;
+        let (started, explained) = bulk::when_there_is_room(until, || {
+            state.start(request.clone(), &call, &ctx, "capture_stream", Lane::Bulk)
+        })
+        .await?;
         let header = header(&started);
         let truncated = started.prepared.truncated;
         match started.finish(&ctx).await {
@@ -240,7 +206,8 @@ async fn bulk_answer(
                     messages,
                     explained: Some(explained),
                 };
-                Ok(BulkAnswer::Whole(header, Box::new(told)))
+                let all = std::iter::once(Message::Header(header)).chain(told);
+                Ok(Box::new(all) as Box<dyn Iterator<Item = Message> + Send>)
             }
             Err(error) => {
                 explained.failed(&error);
@@ -248,102 +215,17 @@ async fn bulk_answer(
             }
         }
     };
-    match answer.await {
-        Ok(answer) => Ok((id, answer)),
-        // What ends the call ends it for all of its inputs.
-        Err(error @ (EngineError::DeadlineExceeded | EngineError::Cancelled)) => {
-            Err(status::status(&error))
-        }
-        Err(error) => Ok((id, BulkAnswer::Failed(error))),
-    }
+    bulk::answered(id, answer.await)
 }
 
-/// An input of many waits for room, where a single call is told to come back.
-async fn start_when_there_is_room(
-    state: &State,
-    request: pb::CaptureRequest,
-    call: &Call,
-    ctx: &Ctx,
-) -> Result<(Started, Explained), EngineError> {
-    let until = call.arrived + state.config.stall_limit;
-    loop {
-        let started = state.start(request.clone(), call, ctx, "capture_stream", Lane::Bulk);
-        match started.await {
-            Err(EngineError::ResourceExhausted {
-                retry_after: Some(after),
-                ..
-            }) if std::time::Instant::now() + after < until => tokio::time::sleep(after).await,
-            other => return other,
-        }
-    }
-}
-
-/// Answers to messages, with a summary of the whole at the end.
-fn bulk(
-    answers: impl Stream<Item = Result<(String, BulkAnswer), Status>> + Send,
-) -> impl Stream<Item = Result<pb::CaptureStreamResponse, Status>> + Send {
-    struct Bulk<S> {
-        answers: Pin<Box<S>>,
-        current: Option<(String, Option<pb::CaptureHeader>, Box<Told>)>,
-        ledger: Ledger,
-        answered: u64,
-        failed: u64,
-        over: bool,
-    }
-    let bulk = Bulk {
-        answers: Box::pin(answers),
-        current: None,
-        ledger: Ledger::default(),
-        answered: 0,
-        failed: 0,
-        over: false,
+fn bulk_message(id: String, reply: bulk::Reply<Message>) -> pb::CaptureStreamResponse {
+    let answer = match reply {
+        bulk::Reply::Item(item) => Answer::Capture(pb::CaptureResponse { item: Some(item) }),
+        bulk::Reply::Failure(failure) => Answer::Failure(failure),
+        bulk::Reply::Summary(summary) => Answer::Summary(summary),
     };
-    stream::unfold(bulk, |mut b| async move {
-        let message = |id: String, answer| pb::CaptureStreamResponse {
-            id,
-            answer: Some(answer),
-        };
-        loop {
-            if b.over {
-                return None;
-            }
-            if let Some((id, header, told)) = &mut b.current {
-                let item = header.take().map(Message::Header).or_else(|| told.tell());
-                if let Some(item) = item {
-                    b.ledger.count(&item);
-                    let id = id.clone();
-                    let answer = Answer::Capture(pb::CaptureResponse { item: Some(item) });
-                    return Some((Ok(message(id, answer)), b));
-                }
-                b.current = None;
-                b.answered += 1;
-            }
-            match b.answers.next().await {
-                Some(Ok((id, BulkAnswer::Whole(header, told)))) => {
-                    b.current = Some((id, Some(header), told));
-                }
-                Some(Ok((id, BulkAnswer::Failed(error)))) => {
-                    b.failed += 1;
-                    b.ledger.sent(&[]);
-                    let answer = Answer::Failure(status::failure(&error));
-                    return Some((Ok(message(id, answer)), b));
-                }
-                Some(Err(status)) => {
-                    b.over = true;
-                    return Some((Err(status), b));
-                }
-                None => {
-                    b.over = true;
-                    let summary = pb::StreamSummary {
-                        answered: b.answered,
-                        failed: b.failed,
-                        messages: b.ledger.messages,
-                        bytes: b.ledger.bytes,
-                        crc32c: b.ledger.crc32c,
-                    };
-                    return Some((Ok(message(String::new(), Answer::Summary(summary))), b));
-                }
-            }
-        }
-    })
+    pb::CaptureStreamResponse {
+        id,
+        answer: Some(answer),
+    }
 }

@@ -14,6 +14,7 @@ use tonic::{codec::CompressionEncoding, service::Routes};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 use super::{
+    attribution::Attributions,
     capture::Captures,
     edge::Edge,
     inference::{Inference, Statistics},
@@ -21,7 +22,8 @@ use super::{
     models::Models,
     watched::Stalls,
     wire::{
-        self, inference::grpc_inference_service_server as oip, introspect::capture_service_server,
+        self, inference::grpc_inference_service_server as oip,
+        introspect::attribution_service_server, introspect::capture_service_server,
         introspect::model_service_server,
     },
 };
@@ -38,9 +40,10 @@ use crate::{
 };
 
 /// Services whose health is told, beside the daemon's own ("").
-const SERVICES: [&str; 3] = [
+const SERVICES: [&str; 4] = [
     "introspect.v1.ModelService",
     "introspect.v1.CaptureService",
+    "introspect.v1.AttributionService",
     "inference.GRPCInferenceService",
 ];
 /// How long the workers may take to end once every call is over.
@@ -320,6 +323,9 @@ fn routes(state: &Arc<State>, health: &HealthReporter) -> Result<Routes, StartEr
     let captures = Captures {
         state: state.clone(),
     };
+    let attributions = Attributions {
+        state: state.clone(),
+    };
     let inference = Inference {
         state: state.clone(),
     };
@@ -330,6 +336,9 @@ fn routes(state: &Arc<State>, health: &HealthReporter) -> Result<Routes, StartEr
         .add_service(ours!(capture_service_server::CaptureServiceServer::new(
             captures
         )))
+        .add_service(ours!(
+            attribution_service_server::AttributionServiceServer::new(attributions)
+        ))
         .add_service(ours!(oip::GrpcInferenceServiceServer::new(inference)))
         .add_service(tonic_health::pb::health_server::HealthServer::new(health))
         .add_service(reflection().build_v1()?)

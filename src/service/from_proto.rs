@@ -33,14 +33,10 @@ type Result<T> = std::result::Result<T, EngineError>;
 /// The model that a capture asks, and the question.
 pub(super) fn capture(request: pb::CaptureRequest) -> Result<(String, Question)> {
     let model = named(request.model)?;
-    let input = request
-        .input
-        .and_then(|i| i.kind)
-        .ok_or_else(|| EngineError::invalid("input", "is missing: give text, tokens or tensors"))?;
     Ok((
         model,
         Question {
-            input: self::input(input)?,
+            input: required_input(request.input)?,
             selection: selection(request.selection.unwrap_or_default())?,
         },
     ))
@@ -79,7 +75,17 @@ pub(super) fn text(text: pb::Text) -> (TextInput, TokenizeOptions) {
     )
 }
 
-fn input(input: pb::input::Kind) -> Result<Input> {
+/// What a model is run on.
+pub(super) fn required_input(input: Option<pb::Input>) -> Result<Input> {
+    let kind = input.and_then(|i| i.kind);
+    input_of(
+        kind.ok_or_else(|| {
+            EngineError::invalid("input", "is missing: give text, tokens or tensors")
+        })?,
+    )
+}
+
+fn input_of(input: pb::input::Kind) -> Result<Input> {
     Ok(match input {
         pb::input::Kind::Text(given) => {
             let (text, options) = text(given);
@@ -109,7 +115,8 @@ fn input(input: pb::input::Kind) -> Result<Input> {
     })
 }
 
-fn tensor(given: pb::Tensor, field: &str) -> Result<NamedTensor> {
+/// A tensor that comes whole.
+pub(super) fn tensor(given: pb::Tensor, field: &str) -> Result<NamedTensor> {
     let dtype = dtype(given.dtype, &format!("{field}.dtype"))?.ok_or_else(|| {
         EngineError::invalid(
             format!("{field}.dtype"),
@@ -274,7 +281,8 @@ fn dtype(value: i32, field: &str) -> Result<Option<DType>> {
     })
 }
 
-fn unknown(field: &str, value: i32) -> EngineError {
+/// Why a number is no value of an enum.
+pub(super) fn unknown(field: &str, value: i32) -> EngineError {
     EngineError::invalid(field, format!("{value} is no value of this enum"))
 }
 

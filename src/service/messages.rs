@@ -64,12 +64,7 @@ pub(super) struct Messages {
 
 /// A tensor that is being sent.
 enum Cut {
-    Dense {
-        name: String,
-        axes: Vec<String>,
-        tensor: Tensor,
-        offset: usize,
-    },
+    Dense(Pieces),
     Sparse {
         name: String,
         axes: Vec<String>,
@@ -149,6 +144,48 @@ impl Iterator for Messages {
     }
 }
 
+/// The messages of a tensor.
+pub(super) struct Pieces {
+    name: String,
+    axes: Vec<String>,
+    tensor: Tensor,
+    offset: usize,
+}
+
+impl Pieces {
+    pub(super) fn new(name: String, axes: Vec<String>, tensor: Tensor) -> Self {
+        Self {
+            name,
+            axes,
+            tensor,
+            offset: 0,
+        }
+    }
+}
+
+impl Iterator for Pieces {
+    type Item = pb::Tensor;
+
+    /// The next piece; none when all is sent. An empty tensor is one piece.
+    fn next(&mut self) -> Option<pb::Tensor> {
+        let all = self.tensor.bytes();
+        if self.offset >= all.len() && self.offset > 0 {
+            return None;
+        }
+        let end = all.len().min(self.offset + PIECE);
+        let message = pb::Tensor {
+            name: self.name.clone(),
+            axes: self.axes.clone(),
+            dtype: to_proto::dtype(self.tensor.dtype()).into(),
+            shape: extents(self.tensor.shape()),
+            offset: self.offset as u64,
+            data: all.slice(self.offset..end),
+        };
+        self.offset = end.max(1);
+        Some(message)
+    }
+}
+
 impl Cut {
     fn new(item: Item) -> Self {
         let Item {
@@ -157,12 +194,7 @@ impl Cut {
             content,
         } = item;
         match content {
-            Content::Dense(tensor) => Cut::Dense {
-                name,
-                axes,
-                tensor,
-                offset: 0,
-            },
+            Content::Dense(tensor) => Cut::Dense(Pieces::new(name, axes, tensor)),
             Content::Sparse(sparse, dtype) => Cut::Sparse {
                 name,
                 axes,
@@ -174,31 +206,10 @@ impl Cut {
         }
     }
 
-    /// The next piece; none when all is sent. An empty tensor is one piece.
+    /// The next piece; none when all is sent.
     fn next(&mut self) -> Option<Message> {
         match self {
-            Cut::Dense {
-                name,
-                axes,
-                tensor,
-                offset,
-            } => {
-                let all = tensor.bytes();
-                if *offset >= all.len() && *offset > 0 {
-                    return None;
-                }
-                let end = all.len().min(*offset + PIECE);
-                let message = pb::Tensor {
-                    name: name.clone(),
-                    axes: axes.clone(),
-                    dtype: to_proto::dtype(tensor.dtype()).into(),
-                    shape: extents(tensor.shape()),
-                    offset: *offset as u64,
-                    data: all.slice(*offset..end),
-                };
-                *offset = end.max(1);
-                Some(Message::Tensor(message))
-            }
+            Cut::Dense(pieces) => pieces.next().map(Message::Tensor),
             Cut::Sparse {
                 name,
                 axes,

@@ -1,7 +1,7 @@
 //! The gRPC edge: the only code of the daemon that names tonic and our wire types.
 //!
 //! ```text
-//!  connection ─▶ listener ─▶ edge ─▶ routes ─▶ capture │ models │ inference │ health │ reflection
+//!  connection ─▶ listener ─▶ edge ─▶ routes ─▶ capture │ attribution │ models │ inference │ health │ reflection
 //!                  │           │                 │
 //!                  limits      deadline,         from_proto ─▶ methods, model ─▶ to_proto
 //!                  keepalive   metrics, stalls
@@ -11,8 +11,10 @@
 //! - `listener` accepts connections and bounds them; `edge` bounds each call in time and counts it;
 //! - `from_proto` validates once, so that nothing behind it meets a wire type; `to_proto` is the way back; `status` is the one table
 //!   from errors to codes;
-//! - `messages` cuts answers into bounded pieces and signs them with a checksum.
+//! - `bulk` answers many inputs over one stream; `messages` cuts answers into bounded pieces and signs them with a checksum.
 
+mod attribution;
+mod bulk;
 mod call;
 mod capture;
 pub mod daemon;

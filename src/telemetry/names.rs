@@ -6,6 +6,8 @@ use metrics::Unit;
 pub const EXPLANATION_DURATION: &str = "introspectd_explanation_duration_seconds";
 /// Histogram, `model`, `method`, `stage`: where that time went.
 pub const STAGE_DURATION: &str = "introspectd_stage_duration_seconds";
+/// Histogram, `model`, `method`: `|sum of scores - (F(x) - F(x'))| / |F(x) - F(x')|` of attributions that promise it to be zero.
+pub const COMPLETENESS_RESIDUAL: &str = "introspectd_completeness_residual_ratio";
 /// Histogram, `model_name`: the same as [`EXPLANATION_DURATION`] under the name that KServe's dashboards use.
 pub const KSERVE_EXPLAIN: &str = "request_explain_seconds";
 /// Counter, `method`, `code`: calls that ended.
@@ -65,6 +67,11 @@ const TOKENS: Buckets = Buckets(&[
     8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0,
 ]);
 
+/// From what single precision can do to an explanation that explains nothing.
+const RATIOS: Buckets = Buckets(&[
+    1e-6, 1e-5, 1e-4, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0,
+]);
+
 /// A metric as it is described to those who scrape it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Metric {
@@ -111,6 +118,13 @@ pub const ALL: &[Metric] = &[
         Unit::Seconds,
         &["model", "method", "stage"],
         "Time of a request by stage: tokenize, queue, build, run, reduce, encode.",
+    ),
+    metric(
+        COMPLETENESS_RESIDUAL,
+        Kind::Histogram(&RATIOS),
+        Unit::Count,
+        &["model", "method"],
+        "Convergence delta of attributions, as a part of the output change that they explain.",
     ),
     metric(
         KSERVE_EXPLAIN,

@@ -176,10 +176,10 @@ pub async fn start(
             "selects nothing: name hook points, or ask for logits",
         ));
     }
-    let field = field_of(&input);
+    let field = input::field_of(&input);
     let prepared = input::prepare(handle, input, ctx)
         .await
-        .map_err(beneath_input)?;
+        .map_err(|e| e.beneath("input"))?;
     let length = prepared.group.length.or_else(|| length_of(&prepared));
     let wanted = points
         .iter()
@@ -304,31 +304,6 @@ impl Started {
             _rows: self.rows,
         })
     }
-}
-
-/// What of the input the engine finds fault with, when it does.
-fn field_of(input: &Input) -> &'static str {
-    match input {
-        Input::Text { .. } => "input.text.text",
-        Input::Tokens { .. } => "input.tokens.ids",
-        Input::Tensors(_) => "input.tensors",
-    }
-}
-
-fn beneath_input(error: EngineError) -> EngineError {
-    let field = match &error {
-        EngineError::InvalidArgument { field, .. } => format!("input.{field}"),
-        EngineError::NotFound { .. }
-        | EngineError::FailedPrecondition { .. }
-        | EngineError::ResourceExhausted { .. }
-        | EngineError::Unavailable { .. }
-        | EngineError::DeadlineExceeded
-        | EngineError::Cancelled
-        | EngineError::DataLoss { .. }
-        | EngineError::WorkerDied { .. }
-        | EngineError::Internal { .. } => return error,
-    };
-    input::at_field(error, &field)
 }
 
 /// Tokens of a row that was given as tensors.
