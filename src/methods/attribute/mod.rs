@@ -176,7 +176,7 @@ impl Method {
         }
     }
 
-    /// Rows that it will run for so many features of so many units.
+    /// Rows that it will run for so many features that move.
     fn cost(&self, features: usize, extent: Extent) -> Cost {
         match self {
             Method::IntegratedGradients(o) => o.cost(),
@@ -185,7 +185,8 @@ impl Method {
             Method::SmoothGrad(o) => Cost::gradient(o.samples),
             Method::GradientShap(o) => Cost::gradient(o.samples),
             Method::Conductance(o) => Cost::gradient(o.steps + 1),
-            Method::Ablation | Method::LeaveOneOut => Cost::forward(features),
+            Method::Ablation => Cost::forward(features),
+            Method::LeaveOneOut => Cost::forward(features).at_most(),
             Method::Occlusion(o) => o.cost(features, extent),
             Method::ShapleySampling(o) => o.cost(features),
             Method::KernelShap(o) => Cost::forward(o.rows(features)),
@@ -428,19 +429,6 @@ pub async fn start(
         let (_, tensor) = baseline::float_input(&subject)?;
         Features::each(tensor.elements())
     };
-    let extent = extent(&subject)?;
-    let cost = method.cost(features.len(), extent);
-    if cost.rows() > terms.max_rows {
-        return Err(EngineError::exhausted(
-            format!(
-                "the explanation would take {} rows, more than the limit of {}: \
-                 ask for fewer steps or samples, or group the tokens",
-                cost.rows(),
-                terms.max_rows
-            ),
-            None,
-        ));
-    }
     let mut value = f64::NAN;
     subject
         .values(
@@ -462,6 +450,27 @@ pub async fn start(
     } else {
         None
     };
+    let extent = extent(&subject)?;
+    let moves = |unit: &usize| match &compared {
+        Some(compared) => compared.replaces(*unit),
+        None => true,
+    };
+    let moved = features
+        .units()
+        .iter()
+        .filter(|units| units.iter().any(moves));
+    let cost = method.cost(moved.count(), extent);
+    if cost.rows() > terms.max_rows {
+        return Err(EngineError::exhausted(
+            format!(
+                "the explanation would take {} rows, more than the limit of {}: \
+                 ask for fewer steps or samples, or group the tokens",
+                cost.rows(),
+                terms.max_rows
+            ),
+            None,
+        ));
+    }
     Ok(Started {
         tokens: subject.tokens.clone(),
         texts,
