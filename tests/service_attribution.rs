@@ -44,7 +44,8 @@ fn integrated() -> Kind {
 /// Enough points for paths that bend sharply, as those of random weights do.
 fn finely_integrated() -> Kind {
     Kind::IntegratedGradients(pb::IntegratedGradients {
-        steps: 300,
+        tolerance: QUADRATURE,
+        max_steps: 4096,
         ..pb::IntegratedGradients::default()
     })
 }
@@ -88,9 +89,8 @@ async fn integrated_gradients_are_complete_and_differences_agree_with_gradients(
     for model in DIFFERENTIABLE {
         let whole = explain(&d, of(model, finely_integrated())).await.unwrap();
         let ratio = whole.result.residual_ratio.unwrap();
-        assert!(ratio < QUADRATURE, "{model}: {ratio}");
+        assert!(ratio <= QUADRATURE, "{model}: {:?}", whole.result);
         assert!((whole.sum() - whole.change() - whole.result.delta.unwrap()).abs() < REWRITTEN);
-        assert_eq!(whole.result.steps, Some(300));
         assert_eq!(whole.header.value, whole.result.value);
 
         // The derivative along (x - x') is that of input x gradient where x' is zero.
@@ -127,6 +127,36 @@ async fn integrated_gradients_are_complete_and_differences_agree_with_gradients(
         let path = explain(&d, of(model, differences(12))).await.unwrap();
         let off = distance(&path.scores(), &same.scores());
         assert!(off < 0.01, "{model}: {off}");
+    }
+    d.stop().await;
+}
+
+/// Without position embeddings what enters the first block is the token embedding, so that both sites give the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn sites_that_are_the_same_place_give_the_same() {
+    let models = [
+        "llama.legacy14",
+        "llama.dynamo20",
+        "llama.attention23",
+        "llama.fused",
+    ];
+    let d = TestDaemon::with(&models).await;
+    for model in models {
+        let at = async |site: &str| {
+            let kind = Kind::IntegratedGradients(pb::IntegratedGradients {
+                steps: 16,
+                site: site.to_owned(),
+                ..pb::IntegratedGradients::default()
+            });
+            explain(&d, of(model, kind)).await.unwrap()
+        };
+        let (embed, entering) = (at("hook_embed").await, at("hook_embed_out").await);
+        assert!(
+            (embed.change() - entering.change()).abs() < REWRITTEN,
+            "{model}"
+        );
+        let off = distance(&entering.scores(), &embed.scores());
+        assert!(off < REWRITTEN, "{model}: {off}");
     }
     d.stop().await;
 }
@@ -949,19 +979,22 @@ async fn long_work_tells_how_far_it_is_and_ends_when_it_is_left() {
         .await
         .unwrap()
         .into_inner();
-    let mut told = Vec::new();
+    let (mut told, mut planned) = (Vec::new(), 0);
     let begun = Instant::now();
     while told.len() < 2 {
         let message = stream.message().await.unwrap().expect("work for minutes");
         match message.item.unwrap() {
-            Item::Header(h) => assert_eq!(h.cost.unwrap().forward_rows, 16_000),
+            Item::Header(h) => planned = h.cost.unwrap().forward_rows,
             Item::Progress(p) => told.push(p),
             other => panic!("{other:?}"),
         }
         assert!(begun.elapsed() < Duration::from_secs(30));
     }
     assert!(told[1].rows_done > told[0].rows_done);
-    assert_eq!(told[1].rows_planned, 16_001, "the row itself, too");
+    assert!(
+        planned > 15_000 && told[1].rows_planned > planned,
+        "the row itself, too"
+    );
     let partial = told[1].partial.as_ref().unwrap();
     assert_eq!(partial.shape, [100], "the attribution as it looks now");
     drop(stream);

@@ -328,6 +328,17 @@ fn of_every_layer<'a>(info: &'a ModelInfo, kind: &str) -> Result<Vec<&'a HookInf
     Ok(layers)
 }
 
+/// What leaves each layer: where a layer ends with a norm, not the sum before it.
+fn leaving(info: &ModelInfo) -> Result<Vec<&HookInfo>, EngineError> {
+    let sums = of_every_layer(info, "hook_resid_post")?;
+    let normalised = |l: usize| info.hook(&format!("blocks.{l}.hook_normalized_resid_post"));
+    Ok(sums
+        .iter()
+        .enumerate()
+        .map(|(l, sum)| normalised(l).unwrap_or(sum))
+        .collect())
+}
+
 /// The patterns of layers, mean over heads.
 async fn attentions(
     subject: &mut Subject,
@@ -431,7 +442,7 @@ async fn chefer(subject: &mut Subject, hooks: &[&HookInfo]) -> Result<Square, En
 /// How far each position of each layer moves when the values of each token are zero.
 async fn zeroed(subject: &mut Subject, info: &ModelInfo) -> Result<Vec<Square>, EngineError> {
     let values = of_every_layer(info, "attn.hook_v")?;
-    let after = of_every_layer(info, "hook_resid_post")?;
+    let after = leaving(info)?;
     let mut matrices = Vec::with_capacity(values.len());
     for (v, post) in values.iter().zip(&after) {
         let show = Show {
@@ -489,20 +500,18 @@ async fn zeroed(subject: &mut Subject, info: &ModelInfo) -> Result<Vec<Square>, 
     Ok(matrices)
 }
 
+/// `1 - cos(a, b)`, as half the square of the distance of the directions: vectors that hardly differ keep their digits.
 fn cosine_distance(a: &[f32], b: &[f32]) -> f64 {
-    let (mut dot, mut x, mut y) = (0.0, 0.0, 0.0);
-    for (a, b) in a.iter().zip(b) {
-        let (a, b) = (f64::from(*a), f64::from(*b));
-        dot += a * b;
-        x += a * a;
-        y += b * b;
+    let length = |v: &[f32]| v.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+    let (x, y) = (length(a), length(b));
+    if x <= 0.0 || y <= 0.0 {
+        return 0.0;
     }
-    let norms = (x * y).sqrt();
-    if norms > 0.0 {
-        (1.0 - dot / norms).max(0.0)
-    } else {
-        0.0
-    }
+    let apart = a
+        .iter()
+        .zip(b)
+        .map(|(a, b)| (f64::from(*a) / x - f64::from(*b) / y).powi(2));
+    apart.sum::<f64>() / 2.0
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 //! ```text
 //!   forward     (F(x + h v) - F(x)) / h
 //!   central     (F(x + h v) - F(x - h v)) / 2h                 = D(h)
-//!   Richardson  (4 D(h/2) - D(h)) / 3                          error: what this changed, and rounding
+//!   Richardson  (4 D(h/2) - D(h)) / 3                          error: what this changed, and rounding, which is measured
 //! ```
 //!
 //! Along `v_i = x_i - x'_i` of a feature this is `(x - x')` times gradient; integrated over the path from the baseline it is integrated
@@ -15,11 +15,14 @@ use super::{
     draw::Draws,
     quadrature::{Node, Quadrature},
     site::{Move, Site},
+    smooth::Mean,
 };
 use crate::{engine::EngineError, tensor::Tensor};
 
-/// How many units in the last place of single precision a value of a model may be off: sums in another order, other batches.
-const ULPS: f64 = 16.0;
+/// Rows by which rounding is measured: the point itself, every number moved by less than its last place.
+const ROUNDING_ROWS: usize = 8;
+/// Standard deviations of rounding that an error allows for.
+const DEVIATIONS: f64 = 4.0;
 
 /// How a derivative is taken.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -107,7 +110,8 @@ impl FiniteDifference {
             Directions::Dimensions => width,
         };
         let looks = self.scheme.looks().len();
-        Cost::forward(features.saturating_mul(each).saturating_mul(looks)).at_most()
+        let rows = features.saturating_mul(each).saturating_mul(looks);
+        Cost::forward(rows.saturating_add(ROUNDING_ROWS)).at_most()
     }
 }
 
@@ -264,7 +268,7 @@ async fn random(
             .zip(draws.direction(numbers.len()))
             .collect()
     };
-    let mut squares = vec![super::smooth::Mean::new(1); features.len()];
+    let mut squares = vec![Mean::new(1); features.len()];
     differences(
         (options.scheme, site, &[]),
         e,
@@ -364,6 +368,7 @@ async fn differences(
     direction: impl Fn(&Derivative) -> Vec<(usize, f32)>,
     mut each: impl FnMut(&super::subject::Subject, &Derivative, Found),
 ) -> Result<(), EngineError> {
+    let sigma = rounding(e, site).await?;
     let looks = scheme.looks();
     let mut values = vec![f64::NAN; wanted.len() * looks.len()];
     let mut missing = vec![looks.len(); wanted.len()];
@@ -395,7 +400,7 @@ async fn differences(
                 each(
                     subject,
                     &wanted[of],
-                    derivative(scheme, seen, wanted[of].step),
+                    derivative(scheme, seen, wanted[of].step, sigma),
                 );
             }
         },
@@ -403,13 +408,37 @@ async fn differences(
     .await
 }
 
-/// A derivative from the looks that its scheme takes.
-fn derivative(scheme: Scheme, seen: &[f64], step: f64) -> Found {
+/// The standard deviation of F by rounding alone: of rows that are the same but for less than the last place of their numbers.
+async fn rounding(e: &mut Explanation, site: &Site) -> Result<f64, EngineError> {
+    let mut draws = Draws::new(e.seed);
+    let rows: Vec<Move> = (0..ROUNDING_ROWS)
+        .map(|_| {
+            let mut there = site.rest();
+            for (shift, x) in there.shift.iter_mut().zip(&site.x) {
+                let sign = if draws.uniform() < 0.5 { -0.5 } else { 0.5 };
+                *shift = sign * f32::EPSILON * x;
+            }
+            there
+        })
+        .collect();
+    let mut values = Mean::new(1);
+    site.values(
+        &mut e.subject,
+        rows.len(),
+        |row| rows[row].clone(),
+        |_, _, value| values.add(&[value]),
+    )
+    .await?;
+    let error = values.standard_errors().map_or(0.0, |e| e[0]);
+    Ok(error * (ROUNDING_ROWS as f64).sqrt())
+}
+
+/// A derivative from the looks that its scheme takes, each of which is off by rounding of a standard deviation.
+fn derivative(scheme: Scheme, seen: &[f64], step: f64, sigma: f64) -> Found {
     let looks = scheme.looks();
     let slope = looks.iter().zip(seen).map(|((_, w), v)| w * v).sum::<f64>() / step;
-    let greatest = seen.iter().fold(0.0f64, |m, v| m.max(v.abs()));
-    let weights: f64 = looks.iter().map(|(_, w)| w.abs()).sum();
-    let rounding = ULPS * f64::from(f32::EPSILON) * greatest * weights / step;
+    let weights = looks.iter().map(|(_, w)| w * w).sum::<f64>().sqrt();
+    let rounding = DEVIATIONS * sigma * weights / step;
     let error = match (scheme, seen) {
         (Scheme::Richardson, [_, _, up, down]) => {
             let fine = (up - down) / step;
@@ -484,7 +513,7 @@ mod tests {
                     .map(|k| f64::from(k + 1) * t.powi(k))
                     .sum::<f64>()
             };
-            let found = derivative(scheme, &seen(scheme, 0.1, f), 0.1);
+            let found = derivative(scheme, &seen(scheme, 0.1, f), 0.1, 0.0);
             assert!((found.slope - 2.0).abs() < 1e-12, "{scheme:?}: {found:?}");
         }
     }
@@ -495,6 +524,7 @@ mod tests {
             Scheme::Richardson,
             &seen(Scheme::Richardson, 0.2, |t| (2.0 * t).exp()),
             0.2,
+            0.0,
         );
         assert!((found.slope - 2.0).abs() <= found.error, "{found:?}");
         assert!(found.error < 0.1);
