@@ -16,7 +16,8 @@
 //!
 //! [`model`] keeps what is loaded: the repository, generations, reloads, restarts. When a worker loads a model, [`onnx`] reads
 //! the file, [`anatomy`] finds the transformer in it (unfusing what hides it, then by dominators of the data flow and a few runs on small
-//! inputs), and [`rewrite`] makes the variants that show it.
+//! inputs), and [`rewrite`] makes the variants: graphs that show hook points, move them by inputs of the run, and compute the gradient of what
+//! is explained.
 //!
 //! [`config`], [`telemetry`], [`shutdown`] and [`tensor`] are leaves; [`cli`] is the binary's commands.
 //!
@@ -32,7 +33,8 @@
 //! 2. Only `service` and `cli` name tonic and the public wire types, only `onnx` the ONNX messages, only `worker` ort and tokenizers. The front
 //!    opens no model file.
 //! 3. A rewrite is a value ([`onnx::Patch`]) that is checked when it is applied; the original graph is never edited.
-//! 4. A variant's logits equal the file's within the named tolerance (the certificate, on every load).
+//! 4. A variant's logits equal the file's within the named tolerance (the certificate, on every load); a hook point that is moved by nothing
+//!    changes no bit.
 //! 5. A row in a batch gives what it gives alone; padding never shows in an answer. Models of which that is not true run each request by itself.
 //! 6. No channel and no queue is unbounded; every capacity is in [`engine::EngineConfig`] or [`config::Config`], with what happens when it is full.
 //! 7. No panic is reachable from a request, a model file, a tokenizer file or the environment. A worker that dies all the same fails its requests

@@ -1,5 +1,6 @@
 //! Every method against the numbers of Captum, `shap`, `lime` and of the papers' formulas, over real gRPC and by the regressions alone.
 //! What each array holds is in `tests/fixtures/README.md`.
+#![allow(clippy::wildcard_enum_match_arm)] // a test names what it expects; anything else is a failure
 
 #[path = "support/attribution.rs"]
 mod attribution;

@@ -1035,3 +1035,69 @@ async fn long_work_tells_how_far_it_is_and_ends_when_it_is_left() {
     );
     d.stop().await;
 }
+
+/// A sweep of hours fills the engine; predicts go first, and none waits for more than the run that is under way.
+#[tokio::test(flavor = "multi_thread")]
+async fn predicts_are_not_delayed_by_a_sweep() {
+    let model = "bert.legacy14";
+    let d = TestDaemon::with(&[model]).await;
+    let predict = async || {
+        let selection = pb::Selection::default();
+        let begun = Instant::now();
+        let answer = d
+            .capture(daemon::ids(model, &IDS, selection))
+            .await
+            .unwrap();
+        assert!(answer.prediction.is_some());
+        begun.elapsed()
+    };
+    predict().await;
+    let long: Vec<u32> = (0..100).map(|i| 4 + i * 3).collect();
+    let sweep = pb::AttributeRequest {
+        target: choice(1, None),
+        ..about(model, &long, differences(40))
+    };
+    let mut stream = client(&d)
+        .await
+        .attribute(sweep)
+        .await
+        .unwrap()
+        .into_inner();
+    let mut rows = 0;
+    while rows == 0 {
+        if let Some(Item::Progress(p)) = stream.message().await.unwrap().unwrap().item {
+            rows = p.rows_done;
+        }
+    }
+    // What a run of the sweep takes: 2048 padded tokens are 20 rows of it.
+    let reader = tokio::spawn(async move {
+        let (mut first, mut last) = (None, (Instant::now(), 0));
+        while let Ok(Some(message)) = stream.message().await {
+            if let Some(Item::Progress(p)) = message.item {
+                last = (Instant::now(), p.rows_done);
+                first.get_or_insert(last);
+                if first.is_some_and(|f| f.0.elapsed() > Duration::from_secs(2)) {
+                    break;
+                }
+            }
+        }
+        let first = first.unwrap();
+        (last.0 - first.0).div_f64((last.1 - first.1).max(1) as f64)
+    });
+    let mut took = Vec::new();
+    while !reader.is_finished() {
+        took.push(predict().await);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let run = reader.await.unwrap() * 20;
+    took.sort();
+    let median = took[took.len() / 2];
+    // The run under way, its own, and as much again for a busy machine.
+    let allowed = 4 * run + Duration::from_millis(50);
+    assert!(
+        median < allowed,
+        "{median:?} of {} predicts, a run takes {run:?}",
+        took.len()
+    );
+    d.stop().await;
+}

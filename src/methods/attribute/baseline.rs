@@ -16,6 +16,9 @@ use crate::{
 /// The token embedding: where tokens become vectors.
 pub(super) const EMBED: &str = "hook_embed";
 
+/// Most tokens of a row that looks embeddings up.
+const LOOKUPS: usize = 256;
+
 /// What a caller compares with.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Baseline {
@@ -451,12 +454,8 @@ async fn mean(subject: &mut Subject) -> Result<Vec<f32>, EngineError> {
     let vocab = info.dims.vocab.ok_or_else(|| {
         EngineError::precondition("the size of the vocabulary is not known: compare with tokens")
     })?;
-    let length = info
-        .fixed_length
-        .or(info.max_tokens)
-        .unwrap_or(256)
-        .min(256)
-        .max(1);
+    let most = info.fixed_length.or(info.max_tokens).unwrap_or(LOOKUPS);
+    let length = most.clamp(1, LOOKUPS);
     let ids: Vec<u32> = (0u32..).take(vocab).collect();
     let mut sum = vec![0.0f64; width];
     let show = Show {

@@ -73,19 +73,14 @@ pub(super) async fn run(
         KernelShapVariant::Shap => {
             let (coalitions, weights) = sampled(players, samples, &mut draws);
             let played = game.values(&mut e.subject, &coalitions).await?;
-            let rows: Vec<Vec<f64>> = coalitions.iter().map(numbers).collect();
-            let targets: Vec<f64> = played.iter().map(|v| v - baseline).collect();
-            let data = Data {
-                rows: &rows,
-                targets: &targets,
-                weights: &weights,
-            };
-            (data.summing_to(change), coalitions.len() == all(players))
+            let exact = coalitions.len() == all(players);
+            let fit = move || shap_fit(&coalitions, &weights, &played, (baseline, change));
+            (away(fit).await?, exact)
         }
         KernelShapVariant::Captum => {
             let coalitions = captum_sampled(players, samples, &mut draws);
             let played = game.values(&mut e.subject, &coalitions).await?;
-            (captum_fit(&coalitions, &played), false)
+            (away(move || captum_fit(&coalitions, &played)).await?, false)
         }
     };
     let delta = values.iter().sum::<f64>() - change;
@@ -109,6 +104,33 @@ pub(super) fn numbers(coalition: &Coalition) -> Vec<f64> {
         .iter()
         .map(|there| f64::from(u8::from(*there)))
         .collect()
+}
+
+/// Fits away from the threads that serve.
+pub(super) async fn away<T: Send + 'static>(
+    fit: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, EngineError> {
+    tokio::task::spawn_blocking(fit)
+        .await
+        .map_err(EngineError::internal)
+}
+
+/// The Shapley values as the `shap` package's regression finds them, from weighted coalitions and the values of F: of nobody, and what
+/// everybody changes.
+fn shap_fit(
+    coalitions: &[Coalition],
+    weights: &[f64],
+    played: &[f64],
+    (baseline, change): (f64, f64),
+) -> Vec<f64> {
+    let rows: Vec<Vec<f64>> = coalitions.iter().map(numbers).collect();
+    let targets: Vec<f64> = played.iter().map(|v| v - baseline).collect();
+    let data = Data {
+        rows: &rows,
+        targets: &targets,
+        weights,
+    };
+    data.summing_to(change)
 }
 
 /// The coefficients of Captum's regression over coalitions and the values of F.
@@ -270,14 +292,9 @@ mod tests {
         let by_bits: Vec<f64> = (0..32usize)
             .map(|bits| game(&(0..5).map(|p| bits >> p & 1 == 1).collect()))
             .collect();
-        let rows: Vec<Vec<f64>> = coalitions.iter().map(numbers).collect();
-        let targets: Vec<f64> = coalitions.iter().map(|c| game(c) - by_bits[0]).collect();
-        let data = Data {
-            rows: &rows,
-            targets: &targets,
-            weights: &weights,
-        };
-        let found = data.summing_to(by_bits[31] - by_bits[0]);
+        let played: Vec<f64> = coalitions.iter().map(game).collect();
+        let ends = (by_bits[0], by_bits[31] - by_bits[0]);
+        let found = shap_fit(&coalitions, &weights, &played, ends);
         for (found, expected) in found.iter().zip(shapley_values(&by_bits, players)) {
             assert!((found - expected).abs() < 1e-9, "{found} {expected}");
         }

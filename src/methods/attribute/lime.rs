@@ -12,7 +12,7 @@ use super::{
     baseline::EMBED,
     draw::Draws,
     game::{Coalition, Game},
-    kernel_shap::numbers,
+    kernel_shap::{away, numbers},
     regression::{Data, Fitted},
     site::Site,
 };
@@ -71,12 +71,11 @@ pub(super) async fn run(options: &Lime, e: &mut Explanation) -> Result<Attribute
     };
     let played = game.values(&mut e.subject, &coalitions).await?;
     let fitted = match options.variant {
-        LimeVariant::Text => text_fit(
-            &coalitions,
-            &played,
-            options.kernel_width.unwrap_or(25.0),
-            options.alpha.unwrap_or(1.0),
-        ),
+        LimeVariant::Text => {
+            let width = options.kernel_width.unwrap_or(25.0);
+            let alpha = options.alpha.unwrap_or(1.0);
+            away(move || text_fit(&coalitions, &played, width, alpha)).await?
+        }
         LimeVariant::Captum => {
             let embedding = if game.compared().is_embedding() {
                 Site::open(&mut e.subject, Some(EMBED)).await?.x
@@ -90,13 +89,9 @@ pub(super) async fn run(options: &Lime, e: &mut Explanation) -> Result<Attribute
                         .cosine_distance(&embedding, |unit| game.is_gone(c, unit))
                 })
                 .collect();
-            captum_fit(
-                &coalitions,
-                &played,
-                &distances,
-                options.kernel_width.unwrap_or(1.0),
-                options.alpha.unwrap_or(0.01),
-            )
+            let width = options.kernel_width.unwrap_or(1.0);
+            let alpha = options.alpha.unwrap_or(0.01);
+            away(move || captum_fit(&coalitions, &played, &distances, width, alpha)).await?
         }
     };
     Ok(Attributed {

@@ -13,25 +13,25 @@
 //! The parts: [`target`] and [`baseline`] make the question exact; [`features`] says what gets a score; `subject` runs rows, `site` moves
 //! a hook point, `game` takes features away. Each method is a file on top of these, with its options, its defaults and its source.
 
-mod ablation;
+pub mod ablation;
 pub mod attention;
 pub mod baseline;
-mod conductance;
+pub mod conductance;
 pub mod draw;
 pub mod evaluate;
 pub mod features;
-mod finite_difference;
+pub mod finite_difference;
 mod game;
-mod gradient;
-mod integrated;
+pub mod gradient;
+pub mod integrated;
 pub mod kernel_shap;
 pub mod lime;
-mod occlusion;
+pub mod occlusion;
 pub mod quadrature;
 pub mod regression;
 pub mod shapley;
 mod site;
-mod smooth;
+pub mod smooth;
 mod subject;
 pub mod target;
 
@@ -101,7 +101,7 @@ pub enum Method {
     Occlusion(Occlusion),
     /// See [`shapley`].
     ShapleySampling(ShapleySampling),
-    /// See [`kernel_shap`].
+    /// See [`mod@kernel_shap`].
     KernelShap(KernelShap),
     /// See [`lime`].
     Lime(Lime),

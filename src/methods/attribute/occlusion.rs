@@ -138,7 +138,7 @@ mod tests {
     fn the_last_window_is_cut_where_the_input_ends() {
         assert_eq!(windows(5, 3, 1), [0..3, 1..4, 2..5]);
         assert_eq!(windows(10, 4, 4), [0..4, 4..8, 8..10]);
-        assert_eq!(windows(3, 9, 2), [0..3]);
+        assert_eq!(windows(3, 9, 2), vec![0..3]);
     }
 
     proptest! {

@@ -27,8 +27,8 @@ use crate::{
 
 /// Most rows of a job: enough to fill runs, few enough that their inputs are made as they are needed.
 const ROWS_AT_A_TIME: usize = 256;
-/// Most bytes of the inputs of a job.
-const BYTES_AT_A_TIME: usize = 32 << 20;
+/// Most bytes of the inputs of a job. Two jobs are there at a time: one runs while the next is made.
+const BYTES_AT_A_TIME: usize = 16 << 20;
 
 /// A row, the number that is explained, and what was spent on it so far.
 #[derive(Debug)]
@@ -69,6 +69,14 @@ pub struct Partial {
     pub scores: Vec<f64>,
     /// How wrong they may be, where it can be told.
     pub error: Option<f64>,
+}
+
+/// Rows that were put into the queue.
+struct Queued {
+    stream: RowStream,
+    /// Tokens of a row of each group.
+    lengths: Vec<usize>,
+    gradient: bool,
 }
 
 /// What runs are to show of a row. The tensors of an answer come in this order: the objective, gradients, hook points by name.
@@ -168,6 +176,12 @@ impl Subject {
         // What shares a run with others must not depend on them.
         let alone = self.info().rows_interact || self.info().inputs.iter().any(|i| !batched(i));
         let per_group = if alone { 1 } else { at_a_time };
+        let mut ahead: Option<(Queued, Vec<Range<usize>>)> = None;
+        let mut each = |subject: &Self, ranges: &[Range<usize>], done: RowsDone| {
+            let first = ranges[done.group].start;
+            let range = first + done.rows.start..first + done.rows.end;
+            each(subject, range, &done.tensors)
+        };
         for begin in (0..rows).step_by(at_a_time) {
             let chunk = begin..rows.min(begin + at_a_time);
             let ranges: Vec<Range<usize>> = chunk
@@ -179,12 +193,15 @@ impl Subject {
                 .iter()
                 .map(|range| self.group(show, range.len(), inputs(range.clone())?))
                 .collect::<Result<Vec<_>, _>>()?;
-            self.submit(show, groups, |subject, done| {
-                let first = ranges[done.group].start;
-                let range = first + done.rows.start..first + done.rows.end;
-                each(subject, range, &done.tensors)
-            })
-            .await?;
+            let queued = self.queue(show, groups, ahead.is_some()).await?;
+            if let Some((queued, ranges)) = ahead.replace((queued, ranges)) {
+                self.take(queued, |subject, done| each(subject, &ranges, done))
+                    .await?;
+            }
+        }
+        if let Some((queued, ranges)) = ahead {
+            self.take(queued, |subject, done| each(subject, &ranges, done))
+                .await?;
         }
         Ok(())
     }
@@ -206,7 +223,8 @@ impl Subject {
             });
         }
         for (chunk, groups) in groups.chunks(ROWS_AT_A_TIME).enumerate() {
-            self.submit(&show, groups.to_vec(), |subject, done| {
+            let queued = self.queue(&show, groups.to_vec(), false).await?;
+            self.take(queued, |subject, done| {
                 let value = first(&done.tensors)?;
                 each(subject, chunk * ROWS_AT_A_TIME + done.group, value);
                 Ok(())
@@ -234,23 +252,24 @@ impl Subject {
         .await
     }
 
-    async fn submit(
+    /// Takes the answers to some rows.
+    async fn take(
         &mut self,
-        show: &Show,
-        groups: Vec<RowGroup>,
+        queued: Queued,
         mut each: impl FnMut(&Self, RowsDone) -> Result<(), EngineError>,
     ) -> Result<(), EngineError> {
-        let lengths: Vec<usize> = groups.iter().map(|g| g.length.unwrap_or(1)).collect();
-        let gradient = !show.points.is_empty();
-        let mut stream = self.queue(show, groups).await?;
-        let mut queued = StageTimings::default();
+        let Queued {
+            mut stream,
+            lengths,
+            gradient,
+        } = queued;
         let mut begun = false;
         while let Some(done) = stream.next().await {
             let done = done?;
             if !begun {
                 begun = true;
-                queued.queue = done.timings.queue;
-                queued.build = done.timings.build;
+                self.spent.timings.queue += done.timings.queue;
+                self.spent.timings.build += done.timings.build;
             }
             self.spent.timings.run += done.timings.run;
             let rows = done.rows.len() as u64;
@@ -261,39 +280,50 @@ impl Subject {
                 self.spent.forward_rows += rows;
             }
             let reducing = Instant::now();
-            let rows_done = self.done();
             each(self, done)?;
             self.spent.timings.reduce += reducing.elapsed();
+            let rows_done = self.done();
             self.progress.send_modify(|p| {
                 p.rows_done = rows_done;
                 p.rows_planned = p.rows_planned.max(rows_done);
             });
         }
-        self.spent.timings += queued;
         Ok(())
     }
 
     /// Puts rows into the queue. Work that has begun waits for room; the first rows of a request are told to come back.
-    async fn queue(&self, show: &Show, groups: Vec<RowGroup>) -> Result<RowStream, EngineError> {
+    async fn queue(
+        &self,
+        show: &Show,
+        groups: Vec<RowGroup>,
+        begun: bool,
+    ) -> Result<Queued, EngineError> {
+        let lengths = groups.iter().map(|g| g.length.unwrap_or(1)).collect();
         let job = Job {
             spec: self.spec(show),
             lane: self.lane,
             groups,
         };
-        loop {
+        let begun = begun || self.done() > 0;
+        let stream = loop {
             match self.handle.submit(job.clone(), &self.ctx).await {
                 Err(EngineError::ResourceExhausted {
                     retry_after: Some(after),
                     ..
-                }) if self.done() > 0 => {
+                }) if begun => {
                     tokio::select! {
                         () = tokio::time::sleep(after) => {}
                         () = self.ctx.cancel.cancelled() => return Err(EngineError::Cancelled),
                     }
                 }
-                other => return other,
+                other => break other?,
             }
-        }
+        };
+        Ok(Queued {
+            stream,
+            lengths,
+            gradient: !show.points.is_empty(),
+        })
     }
 
     fn spec(&self, show: &Show) -> VariantSpec {
