@@ -152,7 +152,8 @@ async fn a_worker_that_dies_in_a_capture_costs_that_stream_only_and_is_back_soon
     );
     assert_eq!(health(&d, "").await, ServingStatus::Serving);
 
-    let limit = Duration::from_secs(1) + Duration::from_secs_f64(load) + Duration::from_secs(2);
+    // A second and the time of a load, which on a busy machine is not the same twice.
+    let limit = Duration::from_secs(3) + Duration::from_secs_f64(1.5 * load);
     until("the model is back", limit, async || {
         let registry = d.daemon.registry();
         registry
