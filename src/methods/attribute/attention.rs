@@ -184,11 +184,6 @@ pub(super) async fn run(
     e: &mut Explanation,
 ) -> Result<Attributed, EngineError> {
     let info = e.subject.handle.info().clone();
-    if e.subject.ids_input().is_none() && e.features.len() != e.subject.length() {
-        return Err(EngineError::precondition(
-            "attention is between tokens, and the input has none: use a gradient or occlusion",
-        ));
-    }
     let patterns = of_every_layer(&info, "attn.hook_pattern")?;
     match kind {
         Kind::Rollout | Kind::Flow => {
@@ -235,8 +230,9 @@ pub(super) async fn run(
             )
         }
         Kind::ValueZeroing => {
-            let layers = zeroed(&mut e.subject, &info).await?;
             let pattern = attentions(&mut e.subject, &patterns[..1]).await?;
+            let positions = pattern.first().map_or(0, |p| p.n);
+            let layers = zeroed(&mut e.subject, &info, positions).await?;
             let at = position_of(position, e, pattern.first())?;
             let n = layers.first().map_or(0, |l| l.n);
             let all = layers.iter().fold(Square::identity(n), |rolled, l| {
@@ -271,7 +267,7 @@ fn answer(
     extras: Vec<Extra>,
 ) -> Result<Attributed, EngineError> {
     Ok(Attributed {
-        scores: e.features.sums(&units),
+        scores: e.features_of(units.len()).sums(&units),
         convention: convention.to_owned(),
         extras,
         ..Attributed::default()
@@ -440,7 +436,11 @@ async fn chefer(subject: &mut Subject, hooks: &[&HookInfo]) -> Result<Square, En
 }
 
 /// How far each position of each layer moves when the values of each token are zero.
-async fn zeroed(subject: &mut Subject, info: &ModelInfo) -> Result<Vec<Square>, EngineError> {
+async fn zeroed(
+    subject: &mut Subject,
+    info: &ModelInfo,
+    n: usize,
+) -> Result<Vec<Square>, EngineError> {
     let values = of_every_layer(info, "attn.hook_v")?;
     let after = leaving(info)?;
     let mut matrices = Vec::with_capacity(values.len());
@@ -450,7 +450,6 @@ async fn zeroed(subject: &mut Subject, info: &ModelInfo) -> Result<Vec<Square>, 
             ..Show::default()
         }
         .moving(&v.name);
-        let n = subject.length();
         let rank = v.axes.len();
         let mut out: Vec<Vec<f32>> = vec![Vec::new(); n + 1];
         // Row `n` is the input as it is.

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 
 use super::{
     Attributed, Explanation,
-    baseline::{EMBED, no_hook},
+    baseline::no_hook,
     game::Game,
     quadrature::Quadrature,
     site::{Move, Site},
@@ -55,7 +55,7 @@ pub(super) async fn run(
     };
     let layer = hook.name.clone();
     let compared = e.compared()?;
-    let site = Site::open(&mut e.subject, Some(EMBED)).await?;
+    let site = Site::open(&mut e.subject, None).await?;
     let baseline = site.baseline(&mut e.subject, &compared).await?;
     let game = Game::new(compared, &super::Features::each(site.units))?;
     let baseline_value = game.baseline(&mut e.subject).await?;
@@ -73,6 +73,7 @@ pub(super) async fn run(
     });
     let mut gradients = vec![Vec::new(); points];
     let mut values = vec![Vec::new(); points];
+    let mut positions = 0;
     let variation = |row: usize| -> Move { site.on_path(&baseline, alphas[row]) };
     e.subject
         .run(
@@ -94,6 +95,9 @@ pub(super) async fn run(
                     ));
                 }
                 let size = size.max(1);
+                // `[row, position, width]`, the axis of rows left out where there is one.
+                let shape = tensors[0].shape();
+                positions = shape.get(shape.len().saturating_sub(2)).copied().unwrap_or(1);
                 for (i, row) in rows.enumerate() {
                     gradients[row] = gradient[i * size..(i + 1) * size].to_vec();
                     values[row] = value[i * size..(i + 1) * size].to_vec();
@@ -103,8 +107,8 @@ pub(super) async fn run(
         )
         .await?;
     let size = values[0].len();
-    let width = size / site.units.max(1);
-    let mut units = vec![0.0; site.units];
+    let width = size / positions.max(1);
+    let mut units = vec![0.0; positions];
     for k in 0..points - 1 {
         for at in 0..size {
             let step = f64::from(values[k + 1][at]) - f64::from(values[k][at]);
@@ -113,7 +117,7 @@ pub(super) async fn run(
     }
     let delta = units.iter().sum::<f64>() - (e.value - baseline_value);
     Ok(Attributed {
-        scores: e.features.sums(&units),
+        scores: e.features_of(positions).sums(&units),
         baseline_value: Some(baseline_value),
         delta: Some(delta),
         steps: Some(options.steps),

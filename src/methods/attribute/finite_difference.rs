@@ -3,7 +3,7 @@
 //! ```text
 //!   forward     (F(x + h v) - F(x)) / h
 //!   central     (F(x + h v) - F(x - h v)) / 2h                 = D(h)
-//!   Richardson  (4 D(h/2) - D(h)) / 3                          error: what this changed, and rounding, which is measured
+//!   Richardson  (4 D(h/2) - D(h)) / 3                          error: |D(h) - D(h/2)|, kinks within the step, rounding
 //! ```
 //!
 //! Along `v_i = x_i - x'_i` of a feature this is `(x - x')` times gradient; integrated over the path from the baseline it is integrated
@@ -37,10 +37,10 @@ pub enum Scheme {
 }
 
 impl Scheme {
-    /// Where F is looked at, in steps, and how much each look counts in the derivative.
+    /// Where F is looked at, in steps, and how much each look counts in the derivative. The point itself counts for what they leave.
     fn looks(self) -> &'static [(f64, f64)] {
         match self {
-            Scheme::Forward => &[(1.0, 1.0), (0.0, -1.0)],
+            Scheme::Forward => &[(1.0, 1.0)],
             Scheme::Central => &[(1.0, 0.5), (-1.0, -0.5)],
             Scheme::Richardson => &[
                 (1.0, -1.0 / 6.0),
@@ -153,7 +153,7 @@ async fn from_baseline(
 ) -> Result<Attributed, EngineError> {
     let compared = e.compared()?;
     let baseline = site.baseline(&mut e.subject, &compared).await?;
-    let features = e.features.clone();
+    let features = e.features_of(site.units);
     let moves: Vec<usize> = (0..features.len())
         .filter(|f| {
             let mut units = features.units()[*f].iter();
@@ -242,7 +242,7 @@ async fn random(
     site: &Site,
     e: &mut Explanation,
 ) -> Result<Attributed, EngineError> {
-    let features = e.features.clone();
+    let features = e.features_of(site.units);
     let step = options.step * typical(&site.x);
     let wanted: Vec<Derivative> = (0..features.len())
         .flat_map(|feature| {
@@ -323,7 +323,7 @@ async fn dimensions(
     let mut units = vec![0.0; site.units];
     let mut errors = vec![0.0; site.units];
     let mut rounding = 0.0f64;
-    let features = e.features.clone();
+    let features = e.features_of(site.units);
     differences(
         (options.scheme, site, &[]),
         e,
@@ -370,16 +370,36 @@ async fn differences(
 ) -> Result<(), EngineError> {
     let sigma = rounding(e, site).await?;
     let looks = scheme.looks();
+    let place = |alpha: f64| {
+        if alpha < 1.0 {
+            site.on_path(baseline, alpha)
+        } else {
+            site.rest()
+        }
+    };
+    // F at every point where derivatives are taken.
+    let mut alphas: Vec<f64> = wanted.iter().map(|d| d.alpha).collect();
+    alphas.sort_by(f64::total_cmp);
+    alphas.dedup();
+    let mut centres = vec![f64::NAN; alphas.len()];
+    let points = centres.len();
+    site.values(
+        &mut e.subject,
+        points,
+        |row| place(alphas[row]),
+        |_, row, v| centres[row] = v,
+    )
+    .await?;
+    let centre = |d: &Derivative| {
+        let found = alphas.binary_search_by(|a| a.total_cmp(&d.alpha));
+        found.map_or(f64::NAN, |at| centres[at])
+    };
     let mut values = vec![f64::NAN; wanted.len() * looks.len()];
     let mut missing = vec![looks.len(); wanted.len()];
     let variation = |row: usize| -> Move {
         let d = &wanted[row / looks.len()];
         let (steps, _) = looks[row % looks.len()];
-        let mut there = if d.alpha < 1.0 {
-            site.on_path(baseline, d.alpha)
-        } else {
-            site.rest()
-        };
+        let mut there = place(d.alpha);
         #[allow(clippy::cast_possible_truncation)] // a place in single precision
         let by = (steps * d.step) as f32;
         for (at, v) in direction(d) {
@@ -397,10 +417,11 @@ async fn differences(
             missing[of] -= 1;
             if missing[of] == 0 {
                 let seen = &values[of * looks.len()..(of + 1) * looks.len()];
+                let d = &wanted[of];
                 each(
                     subject,
-                    &wanted[of],
-                    derivative(scheme, seen, wanted[of].step, sigma),
+                    d,
+                    derivative(scheme, (centre(d), seen), d.step, sigma),
                 );
             }
         },
@@ -433,16 +454,23 @@ async fn rounding(e: &mut Explanation, site: &Site) -> Result<f64, EngineError> 
     Ok(error * (ROUNDING_ROWS as f64).sqrt())
 }
 
-/// A derivative from the looks that its scheme takes, each of which is off by rounding of a standard deviation.
-fn derivative(scheme: Scheme, seen: &[f64], step: f64, sigma: f64) -> Found {
+/// A derivative from F at the point and the looks that its scheme takes, each of which is off by rounding of a standard deviation.
+///
+/// The error of Richardson's is how far its two central differences are apart, and what kinks within the step do: the one-sided
+/// differences of a smooth function differ by `S(h) = h F''`, so that `S(h) - 2 S(h/2)` is nothing but the jump of a derivative.
+fn derivative(scheme: Scheme, (centre, seen): (f64, &[f64]), step: f64, sigma: f64) -> Found {
     let looks = scheme.looks();
-    let slope = looks.iter().zip(seen).map(|((_, w), v)| w * v).sum::<f64>() / step;
-    let weights = looks.iter().map(|(_, w)| w * w).sum::<f64>().sqrt();
+    let both = || looks.iter().zip(seen);
+    let rest: f64 = looks.iter().map(|(_, w)| w).sum();
+    let slope = (both().map(|((_, w), v)| w * v).sum::<f64>() - rest * centre) / step;
+    let weights = (looks.iter().map(|(_, w)| w * w).sum::<f64>() + rest * rest).sqrt();
     let rounding = DEVIATIONS * sigma * weights / step;
     let error = match (scheme, seen) {
-        (Scheme::Richardson, [_, _, up, down]) => {
-            let fine = (up - down) / step;
-            (slope - fine).abs() + rounding
+        (Scheme::Richardson, [far_up, far_down, up, down]) => {
+            let (fine, coarse) = ((up - down) / step, (far_up - far_down) / (2.0 * step));
+            let bend = |up: f64, down: f64, step: f64| (up - 2.0 * centre + down) / step;
+            let kink = bend(*far_up, *far_down, step) - 2.0 * bend(*up, *down, step / 2.0);
+            (fine - coarse).abs() + kink.abs() + rounding
         }
         (Scheme::Richardson | Scheme::Forward | Scheme::Central, _) => rounding,
     };
@@ -496,9 +524,10 @@ fn typical(values: &[f32]) -> f64 {
 mod tests {
     use super::*;
 
-    /// `F(x + s h v)` for every look of a scheme.
-    fn seen(scheme: Scheme, step: f64, f: impl Fn(f64) -> f64) -> Vec<f64> {
-        scheme.looks().iter().map(|(s, _)| f(s * step)).collect()
+    /// `F(x)`, and `F(x + s h v)` for every look of a scheme.
+    fn seen(scheme: Scheme, step: f64, f: impl Fn(f64) -> f64) -> Found {
+        let looks: Vec<f64> = scheme.looks().iter().map(|(s, _)| f(s * step)).collect();
+        derivative(scheme, (f(0.0), &looks), step, 0.0)
     }
 
     #[test]
@@ -513,20 +542,25 @@ mod tests {
                     .map(|k| f64::from(k + 1) * t.powi(k))
                     .sum::<f64>()
             };
-            let found = derivative(scheme, &seen(scheme, 0.1, f), 0.1, 0.0);
+            let found = seen(scheme, 0.1, f);
             assert!((found.slope - 2.0).abs() < 1e-12, "{scheme:?}: {found:?}");
         }
     }
 
     #[test]
     fn the_error_of_richardson_holds_what_is_wrong() {
-        let found = derivative(
-            Scheme::Richardson,
-            &seen(Scheme::Richardson, 0.2, |t| (2.0 * t).exp()),
-            0.2,
-            0.0,
-        );
-        assert!((found.slope - 2.0).abs() <= found.error, "{found:?}");
-        assert!(found.error < 0.1);
+        let smooth = seen(Scheme::Richardson, 0.2, |t| (2.0 * t).exp());
+        assert!((smooth.slope - 2.0).abs() <= smooth.error, "{smooth:?}");
+        assert!(smooth.error < 0.1);
+        // A kink anywhere within the step, the slope before it two and after it one.
+        for at in 0..100 {
+            let kink = 0.002 * f64::from(at);
+            let found = seen(Scheme::Richardson, 0.1, |t| 2.0 * t - (t - kink).max(0.0));
+            let slope = if kink > 0.0 { 2.0 } else { 1.5 };
+            assert!(
+                (found.slope - slope).abs() <= found.error + 1e-9,
+                "{kink}: {found:?}"
+            );
+        }
     }
 }

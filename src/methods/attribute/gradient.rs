@@ -81,7 +81,7 @@ async fn at_input(
     )
     .await?;
     Ok(Attributed {
-        scores: e.features.sums(&numbers),
+        scores: e.features_of(site.units).sums(&numbers),
         site: site.name.clone(),
         convention: convention.to_owned(),
         ..Attributed::default()

@@ -133,7 +133,7 @@ pub(super) async fn run(
         options.quadrature.name()
     };
     Ok(Attributed {
-        scores: e.features.sums(&units),
+        scores: e.features_of(site.units).sums(&units),
         errors,
         error_kind: if options.tolerance.is_some() {
             "refinement"
@@ -178,7 +178,7 @@ async fn fixed(
     nodes: &[Node],
 ) -> Result<Vec<f64>, EngineError> {
     let alphas: Vec<f64> = nodes.iter().map(|n| n.alpha).collect();
-    let features = e.features.clone();
+    let features = e.features_of(path.site.units);
     let mut sums = vec![0.0; path.site.units];
     let mut seen = 0.0;
     path.look(e, &alphas, |row, numbers| {
@@ -230,7 +230,7 @@ async fn adaptive(
             }
         }
         let delta = (sums.iter().sum::<f64>() - change).abs();
-        let scores = e.features.sums(&sums);
+        let scores = e.features_of(units).sums(&sums);
         let errors = before.map(|b: Vec<f64>| {
             let both = scores.iter().zip(&b);
             both.map(|(now, then)| (now - then).abs())

@@ -296,6 +296,15 @@ impl Explanation {
             .clone()
             .ok_or_else(|| EngineError::internal("a method that compares has no baseline"))
     }
+
+    /// What gets a score each of so many units: inside of a model that takes no tokens, positions do.
+    fn features_of(&self, units: usize) -> Features {
+        let inside = self.subject.ids_input().is_none() && self.features.len() != units;
+        if inside {
+            return Features::each(units);
+        }
+        self.features.clone()
+    }
 }
 
 /// Scores, with the evidence for them.

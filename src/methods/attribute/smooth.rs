@@ -226,7 +226,7 @@ async fn averaged(
     extent: (usize, How),
     variation: impl Fn(usize) -> Move,
 ) -> Result<Mean, EngineError> {
-    let features = e.features.clone();
+    let features = e.features_of(site.units);
     let mut mean = Mean::new(features.len());
     let mut total = 0.0;
     site.gradients(
