@@ -51,6 +51,14 @@ impl Shapes {
         Ok(shapes.iter().all(|s| s[axis] == first).then_some(first))
     }
 
+    /// Whether two axes have the same extent in all runs.
+    pub(super) fn same_extent(&self, a: (ValueId, usize), b: (ValueId, usize)) -> bool {
+        let (Ok(of_a), Ok(of_b)) = (self.of(a.0), self.of(b.0)) else {
+            return false;
+        };
+        of_a.iter().zip(&of_b).all(|(x, y)| x[a.1] == y[b.1])
+    }
+
     /// The axes of `wide` along which `narrow` was stretched to it: those that it lacks, and those where it has an extent of one.
     pub(super) fn stretched(&self, narrow: ValueId, wide: ValueId) -> Result<Vec<usize>, String> {
         stretched(&self.of(narrow)?, &self.of(wide)?)

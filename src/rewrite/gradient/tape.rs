@@ -139,6 +139,16 @@ impl<'a> Tape<'a> {
         self.shapes.rank(value)
     }
 
+    /// The number of axes, none where nothing was measured: a scalar has no shape to tell.
+    pub(super) fn rank_or_scalar(&self, value: ValueId) -> usize {
+        self.shapes.rank(value).unwrap_or(0)
+    }
+
+    /// Whether two axes have the same extent in all runs.
+    pub(super) fn same_extent(&self, a: (ValueId, usize), b: (ValueId, usize)) -> bool {
+        self.shapes.same_extent(a, b)
+    }
+
     /// The extent of an axis, where it is always the same.
     pub(super) fn known_extent(
         &self,
@@ -152,6 +162,26 @@ impl<'a> Tape<'a> {
     pub(super) fn number_like(&mut self, number: f64, like: ValueId) -> Result<ValueId, String> {
         let dtype = self.dtype(like)?;
         Ok(self.number(number as f32, dtype))
+    }
+
+    /// The elements of a list of integers, where the graph fixes it: by a constant, or by moving constants about.
+    pub(super) fn constant_ints(&self, value: ValueId) -> Option<Vec<i64>> {
+        let draft = self.writer.patch.draft();
+        if let Some(found) = draft.constant_ints(value) {
+            return Some(found);
+        }
+        let node = draft.node(draft.producer(value)?);
+        // These keep the elements of a list as they are.
+        const MOVERS: [&str; 5] = ["Cast", "Flatten", "Reshape", "Squeeze", "Unsqueeze"];
+        if node.is_any(&MOVERS) {
+            return self.constant_ints(node.input(0)?);
+        }
+        if node.is("Concat") {
+            let parts: Option<Vec<Vec<i64>>> =
+                node.reads().map(|v| self.constant_ints(v)).collect();
+            return Some(parts?.concat());
+        }
+        None
     }
 
     /// `value * number`.

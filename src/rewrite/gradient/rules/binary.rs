@@ -5,15 +5,34 @@ use crate::onnx::{Node, ValueId};
 
 type Given<'a> = &'a [Option<ValueId>];
 
-/// `da = g, db = g`
+/// Of a sum of any number of values: `g` for each.
 pub(super) fn add(t: &mut Tape<'_>, node: &Node, given: Given<'_>) -> Result<(), String> {
     let (g, y) = (only(given)?, made(node)?);
-    for slot in 0..2 {
+    for slot in 0..node.inputs.len() {
         if let Some(x) = t.wanted_input(node, slot) {
             t.give_narrowed(x, g, y)?;
         }
     }
     Ok(())
+}
+
+/// Of the mean of n values: `g / n` for each.
+pub(super) fn mean(t: &mut Tape<'_>, node: &Node, given: Given<'_>) -> Result<(), String> {
+    let (g, y) = (only(given)?, made(node)?);
+    let share = t.scaled(g, (node.inputs.len() as f64).recip(), y)?;
+    for slot in 0..node.inputs.len() {
+        if let Some(x) = t.wanted_input(node, slot) {
+            t.give_narrowed(x, share, y)?;
+        }
+    }
+    Ok(())
+}
+
+/// The remainder of a division by what is fixed: `g`.
+pub(super) fn remainder(t: &mut Tape<'_>, node: &Node, given: Given<'_>) -> Result<(), String> {
+    fixed(t, node, 1, "divisor")?;
+    let (g, y, x) = (only(given)?, made(node)?, need(node, 0)?);
+    t.give_narrowed(x, g, y)
 }
 
 /// `da = g, db = -g`
@@ -58,27 +77,41 @@ pub(super) fn div(t: &mut Tape<'_>, node: &Node, given: Given<'_>) -> Result<(),
     Ok(())
 }
 
-/// `dx = g p x^(p - 1)`, for an exponent that does not depend on a point.
+/// `dx = g p x^(p - 1)`, `dp = g y log(x)`; where x is zero, y does not move with the exponent.
 pub(super) fn pow(t: &mut Tape<'_>, node: &Node, given: Given<'_>) -> Result<(), String> {
-    fixed(t, node, 1, "exponent")?;
     let (g, y, x, p) = (only(given)?, made(node)?, need(node, 0)?, need(node, 1)?);
-    let exponent = t.patch.draft().constant_scalar(p);
-    let slope = if exponent == Some(2.0) {
-        t.scaled(x, 2.0, x)?
-    } else {
-        let dtype = t.dtype(x)?;
-        let p = if t.dtype(p)? == dtype {
-            p
+    let dtype = t.dtype(x)?;
+    if t.wants(x) {
+        let exponent = t.patch.draft().constant_scalar(p);
+        let slope = if exponent == Some(2.0) {
+            t.scaled(x, 2.0, x)?
         } else {
-            t.cast(p, dtype)
+            let p = if t.dtype(p)? == dtype {
+                p
+            } else {
+                t.cast(p, dtype)
+            };
+            let one = t.number(1.0, dtype);
+            let less = t.op("Sub", &[p, one]);
+            let power = t.op("Pow", &[x, less]);
+            t.op("Mul", &[p, power])
         };
-        let one = t.number(1.0, dtype);
-        let less = t.op("Sub", &[p, one]);
-        let power = t.op("Pow", &[x, less]);
-        t.op("Mul", &[p, power])
-    };
-    let product = t.op("Mul", &[g, slope]);
-    t.give_narrowed(x, product, y)
+        let product = t.op("Mul", &[g, slope]);
+        t.give_narrowed(x, product, y)?;
+    }
+    if t.wants(p) {
+        let (zero, one) = (t.number(0.0, dtype), t.number(1.0, dtype));
+        let still = t.op("Equal", &[x, zero]);
+        let base = t.op("Where", &[still, one, x]);
+        let log = t.op("Log", &[base]);
+        let slope = t.op("Mul", &[y, log]);
+        let product = t.op("Mul", &[g, slope]);
+        if t.dtype(p)? != dtype {
+            return Err("its exponent has another type than its base".to_owned());
+        }
+        t.give_narrowed(p, product, y)?;
+    }
+    Ok(())
 }
 
 /// `da = c ? g : 0, db = c ? 0 : g`

@@ -10,7 +10,7 @@ type Given<'a> = &'a [Option<ValueId>];
 
 /// Scatters `g`, whose axis `axis` has the entries `indices` of that axis of `x`, to the shape of `x`: a product with the
 /// one-hot rows of the indices, which adds up what was picked more than once.
-fn scatter(
+pub(super) fn scatter(
     t: &mut Tape<'_>,
     x: ValueId,
     g: ValueId,
@@ -52,28 +52,147 @@ pub(super) fn gather(t: &mut Tape<'_>, node: &Node, given: Given<'_>) -> Result<
     Ok(())
 }
 
+/// From this operator set on the scattering operators can add up.
+const SCATTER_ADDS: i64 = 16;
+
+/// Zeros of the shape of a value.
+fn zeros_like(t: &mut Tape<'_>, value: ValueId, like: ValueId) -> Result<ValueId, String> {
+    let zero = t.number_like(0.0, like)?;
+    let shape = t.op("Shape", &[value]);
+    Ok(t.op("Expand", &[zero, shape]))
+}
+
 /// Entries of one axis, by an index for each entry of the result.
 pub(super) fn gather_elements(
     t: &mut Tape<'_>,
     node: &Node,
     given: Given<'_>,
 ) -> Result<(), String> {
-    if t.opset() < 16 {
-        return Err(
-            "the model's operator set is older than 16, which cannot add up what is picked twice"
-                .to_owned(),
-        );
-    }
     let (g, x, indices) = (only(given)?, need(node, 0)?, need(node, 1)?);
-    let zero = t.number_like(0.0, x)?;
-    let shape = t.op("Shape", &[x]);
-    let zeros = t.op("Expand", &[zero, shape]);
-    let attributes = vec![
-        Attribute::int("axis", node.int("axis").unwrap_or(0)),
-        Attribute::string("reduction", "add"),
-    ];
-    let placed = t.with("ScatterElements", &[zeros, indices, g], attributes);
+    let axis = t.axis(node.int("axis").unwrap_or(0), t.rank(x)?)?;
+    let placed = if t.opset() < SCATTER_ADDS {
+        scatter_elements_by_product(t, x, g, indices, axis)?
+    } else {
+        let zeros = zeros_like(t, x, x)?;
+        let attributes = vec![
+            Attribute::int("axis", axis as i64),
+            Attribute::string("reduction", "add"),
+        ];
+        t.with("ScatterElements", &[zeros, indices, g], attributes)
+    };
     t.give(x, placed);
+    Ok(())
+}
+
+/// With the axis last: the row of gradients times the one-hot rows of its indices. As much memory as indices times extent.
+fn scatter_elements_by_product(
+    t: &mut Tape<'_>,
+    x: ValueId,
+    g: ValueId,
+    indices: ValueId,
+    axis: usize,
+) -> Result<ValueId, String> {
+    let dtype = t.dtype(x)?;
+    let last = t.rank(x)? as i64 - 1;
+    let mut swap: Vec<i64> = (0..=last).collect();
+    swap.swap(axis, last as usize);
+    let depth = t.extent_list(x, axis)?;
+    let (g, indices) = (t.transpose(g, &swap), t.transpose(indices, &swap));
+    let (zero, one) = (t.number(0.0, dtype), t.number(1.0, dtype));
+    let (zero, one) = (t.unsqueeze(zero, &[0]), t.unsqueeze(one, &[0]));
+    let values = t.concat(&[zero, one], 0);
+    let rows = t.op("OneHot", &[indices, depth, values]);
+    let row = t.unsqueeze(g, &[last]);
+    let placed = t.op("MatMul", &[row, rows]);
+    let shape = t.op("Shape", &[g]);
+    let before = t.slice(shape, 0, 0, last);
+    let shape = t.concat(&[before, depth], 0);
+    let placed = t.op("Reshape", &[placed, shape]);
+    let placed = t.transpose(placed, &swap);
+    // The indices may leave out the ends of other axes.
+    let (whole, there) = (t.op("Shape", &[x]), t.op("Shape", &[placed]));
+    let lacks = t.op("Sub", &[whole, there]);
+    let none = t.ints(&vec![0; last as usize + 1]);
+    let pads = t.concat(&[none, lacks], 0);
+    Ok(t.op("Pad", &[placed, pads]))
+}
+
+/// Entries of the leading axes, by tuples. The operator itself, on the numbers of those entries, tells which they are.
+pub(super) fn gather_nd(t: &mut Tape<'_>, node: &Node, given: Given<'_>) -> Result<(), String> {
+    let (g, x, indices) = (only(given)?, need(node, 0)?, need(node, 1)?);
+    let shape = t.op("Shape", &[x]);
+    let tuple = t.op("Shape", &[indices]);
+    let tuple = t.slice(tuple, 0, -1, END);
+    let rows = t.ints(&[node.int("batch_dims").unwrap_or(0)]);
+    let leading = t.op("Add", &[rows, tuple]);
+    let (start, end) = (t.ints(&[0]), t.ints(&[END]));
+    let lead = t.slice_at(shape, 0, start, leading);
+    let rest = t.slice_at(shape, 0, leading, end);
+    let keep = vec![Attribute::int("keepdims", 0)];
+    let count = t.with("ReduceProd", &[lead], keep);
+    let numbers = t.range(count);
+    let numbers = t.op("Reshape", &[numbers, lead]);
+    let picked = t.with("GatherND", &[numbers, indices], node.attributes().to_vec());
+
+    let flat = t.ints(&[-1]);
+    let as_rows = t.concat(&[flat, rest], 0);
+    let g = t.op("Reshape", &[g, as_rows]);
+    let placed = if t.opset() < SCATTER_ADDS {
+        // One-hot columns times the gradients, with whatever is behind as one axis.
+        let dtype = t.dtype(x)?;
+        let picked = t.op("Reshape", &[picked, flat]);
+        let (zero, one) = (t.number(0.0, dtype), t.number(1.0, dtype));
+        let (zero, one) = (t.unsqueeze(zero, &[0]), t.unsqueeze(one, &[0]));
+        let values = t.concat(&[zero, one], 0);
+        let attributes = vec![Attribute::int("axis", 0)];
+        let depth = t.unsqueeze(count, &[0]);
+        let columns = t.with("OneHot", &[picked, depth, values], attributes);
+        let g = t.with("Flatten", &[g], vec![Attribute::int("axis", 1)]);
+        t.op("MatMul", &[columns, g])
+    } else {
+        let picked = t.reshape(picked, &[-1, 1]);
+        let zeros = zeros_like(t, x, x)?;
+        let zeros = t.op("Reshape", &[zeros, as_rows]);
+        let attributes = vec![Attribute::string("reduction", "add")];
+        t.with("ScatterND", &[zeros, picked, g], attributes)
+    };
+    let placed = t.reshape_like(placed, x);
+    t.give(x, placed);
+    Ok(())
+}
+
+/// What was overwritten gets nothing, what was written gets its gradient. (A place that is written
+/// twice has no defined value.)
+pub(super) fn scatter_into(t: &mut Tape<'_>, node: &Node, given: Given<'_>) -> Result<(), String> {
+    let adds = match node.string("reduction").unwrap_or("none") {
+        "none" => false,
+        "add" => true,
+        other => return Err(format!("its reduction is \"{other}\"")),
+    };
+    let (g, indices) = (only(given)?, need(node, 1)?);
+    let axis: Vec<Attribute> = node
+        .int("axis")
+        .map(|a| Attribute::int("axis", a))
+        .into_iter()
+        .collect();
+    let picks = if node.is("ScatterND") {
+        "GatherND"
+    } else {
+        "GatherElements"
+    };
+    if let Some(x) = t.wanted_input(node, 0) {
+        let left = if adds {
+            g
+        } else {
+            let zeros = zeros_like(t, need(node, 2)?, x)?;
+            t.with(&node.op, &[g, indices, zeros], axis.clone())
+        };
+        t.give(x, left);
+    }
+    if let Some(updates) = t.wanted_input(node, 2) {
+        let picked = t.with(picks, &[g, indices], axis);
+        t.give(updates, picked);
+    }
     Ok(())
 }
 
@@ -81,7 +200,7 @@ pub(super) fn gather_elements(
 pub(super) fn slice(t: &mut Tape<'_>, node: &Node, given: Given<'_>) -> Result<(), String> {
     let (g, x, y) = (only(given)?, need(node, 0)?, made(node)?);
     let (starts, ends) = (need(node, 1)?, need(node, 2)?);
-    let constant = |v: ValueId| t.patch.draft().constant_ints(v);
+    let constant = |v: ValueId| t.constant_ints(v);
     let rank = t.rank(x)?;
     let axes = match node.input(3) {
         Some(axes) => constant(axes).ok_or("its axes are not constant")?,

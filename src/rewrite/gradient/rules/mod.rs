@@ -1,5 +1,6 @@
 //! One rule per operator: from the gradients of a node's outputs to those of its inputs.
 
+mod activation;
 mod binary;
 mod index;
 mod layout;
@@ -7,6 +8,7 @@ mod norm;
 mod product;
 mod reduce;
 mod unary;
+mod window;
 
 use super::tape::Tape;
 use crate::onnx::{Node, ValueId};
@@ -20,7 +22,9 @@ pub(super) fn of(node: &Node) -> Option<Rule> {
         return None;
     }
     Some(match node.op.as_str() {
-        "Add" => binary::add,
+        "Add" | "Sum" => binary::add,
+        "Mean" => binary::mean,
+        "Mod" => binary::remainder,
         "Sub" => binary::sub,
         "Mul" => binary::mul,
         "Div" => binary::div,
@@ -28,36 +32,57 @@ pub(super) fn of(node: &Node) -> Option<Rule> {
         "Where" => binary::select,
         "Max" | "Min" => binary::extreme,
 
+        "Celu" => activation::celu,
+        "Clip" => activation::clip,
+        "Elu" => activation::elu,
+        "Gelu" => activation::gelu,
+        "HardSigmoid" => activation::hard_sigmoid,
+        "HardSwish" => activation::hard_swish,
+        "LeakyRelu" => activation::leaky_relu,
+        "Mish" => activation::mish,
+        "PRelu" => activation::prelu,
+        "Relu" => activation::relu,
+        "Selu" => activation::selu,
+        "Sigmoid" => activation::sigmoid,
+        "Softplus" => activation::softplus,
+        "Softsign" => activation::softsign,
+        "Swish" => activation::swish,
+        "ThresholdedRelu" => activation::thresholded_relu,
+
         "Abs" => unary::abs,
-        "Clip" => unary::clip,
+        "Acos" => unary::acos,
+        "Acosh" => unary::acosh,
+        "Asin" => unary::asin,
+        "Asinh" => unary::asinh,
+        "Atan" => unary::atan,
+        "Atanh" => unary::atanh,
         "Cos" => unary::cos,
-        "Elu" => unary::elu,
+        "Cosh" => unary::cosh,
         "Erf" => unary::erf,
         "Exp" => unary::exp,
-        "Gelu" => unary::gelu,
-        "HardSigmoid" => unary::hard_sigmoid,
-        "HardSwish" => unary::hard_swish,
-        "LeakyRelu" => unary::leaky_relu,
         "Log" => unary::log,
         "Neg" => unary::neg,
         "Reciprocal" => unary::reciprocal,
-        "Relu" => unary::relu,
-        "Sigmoid" => unary::sigmoid,
         "Sin" => unary::sin,
-        "Softplus" => unary::softplus,
+        "Sinh" => unary::sinh,
         "Sqrt" => unary::sqrt,
+        "Tan" => unary::tan,
         "Tanh" => unary::tanh,
 
-        "Cast" => layout::cast,
+        "Cast" | "CastLike" => layout::cast,
         "Concat" => layout::concat,
         "Dropout" | "Identity" => layout::identity,
         "Expand" => layout::expand,
         "Flatten" | "Reshape" | "Squeeze" | "Unsqueeze" => layout::reshape,
+        "Pad" => layout::pad,
         "Split" => layout::split,
+        "Tile" => layout::tile,
         "Transpose" => layout::transpose,
 
         "Gather" => index::gather,
         "GatherElements" => index::gather_elements,
+        "GatherND" => index::gather_nd,
+        "ScatterElements" | "ScatterND" => index::scatter_into,
         "Slice" => index::slice,
         "Trilu" => index::trilu,
 
@@ -65,13 +90,28 @@ pub(super) fn of(node: &Node) -> Option<Rule> {
         "Gemm" => product::gemm,
         "MatMul" => product::matmul,
 
+        "CumSum" => reduce::cumulative,
+        "ReduceL1" => reduce::l1,
+        "ReduceL2" => reduce::l2,
+        "ReduceLogSum" => reduce::log_sum,
+        "ReduceLogSumExp" => reduce::log_sum_exp,
         "ReduceMax" | "ReduceMin" => reduce::extreme,
         "ReduceMean" => reduce::mean,
+        "ReduceProd" => reduce::prod,
         "ReduceSum" => reduce::sum,
         "ReduceSumSquare" => reduce::sum_square,
-        "ReduceL2" => reduce::l2,
 
+        "AveragePool" => window::average_pool,
+        "Conv" => window::conv,
+        "ConvTranspose" => window::conv_transpose,
+        "GlobalAveragePool" => window::global_average_pool,
+        "MaxPool" => window::max_pool,
+
+        "BatchNormalization" => norm::batch,
+        "GroupNormalization" => norm::group,
+        "InstanceNormalization" => norm::instance,
         "LayerNormalization" => norm::layer,
+        "LpNormalization" => norm::unit_length,
         "LogSoftmax" => norm::log_softmax,
         "RMSNormalization" | "SimplifiedLayerNormalization" => norm::rms,
         "RotaryEmbedding" => norm::rotary,

@@ -73,15 +73,117 @@ pub(super) fn layer(t: &mut Tape<'_>, node: &Node, given: Given<'_>) -> Result<(
     let mean = t.reduce("ReduceMean", x, &axes, true);
     let centred = t.op("Sub", &[x, mean]);
     let inverse = inverse_size(t, node, centred, &axes)?;
-    let normal = t.op("Mul", &[centred, inverse]);
     let weighted = t.op("Mul", &[g, scale]);
-    let shift = t.reduce("ReduceMean", weighted, &axes, true);
+    let gradient = through_norm(t, weighted, (centred, inverse), &axes);
+    t.give(x, gradient);
+    Ok(())
+}
+
+/// `r (w - mean(w) - n mean(w n))`, with `r` the inverse deviation and `n` what was centred times it.
+fn through_norm(
+    t: &mut Tape<'_>,
+    weighted: ValueId,
+    (centred, inverse): (ValueId, ValueId),
+    axes: &[i64],
+) -> ValueId {
+    let normal = t.op("Mul", &[centred, inverse]);
+    let shift = t.reduce("ReduceMean", weighted, axes, true);
     let along = t.op("Mul", &[weighted, normal]);
-    let along = t.reduce("ReduceMean", along, &axes, true);
+    let along = t.reduce("ReduceMean", along, axes, true);
     let along = t.op("Mul", &[normal, along]);
     let rest = t.op("Sub", &[weighted, shift]);
     let rest = t.op("Sub", &[rest, along]);
-    let gradient = t.op("Mul", &[inverse, rest]);
+    t.op("Mul", &[inverse, rest])
+}
+
+/// A number for each channel, in the place of the second of these many axes.
+fn per_channel(t: &mut Tape<'_>, numbers: ValueId, rank: usize) -> ValueId {
+    let mut shape = vec![1; rank];
+    if let Some(channels) = shape.get_mut(1) {
+        *channels = -1;
+    }
+    t.reshape(numbers, &shape)
+}
+
+/// Each channel by its own mean and deviation over the axes behind it.
+pub(super) fn instance(t: &mut Tape<'_>, node: &Node, given: Given<'_>) -> Result<(), String> {
+    fixed(t, node, 1, "scale")?;
+    fixed(t, node, 2, "bias")?;
+    let (g, x, scale) = (only(given)?, need(node, 0)?, need(node, 1)?);
+    let rank = t.rank(x)?;
+    let axes: Vec<i64> = (2..rank as i64).collect();
+    let scale = per_channel(t, scale, rank);
+    let weighted = t.op("Mul", &[g, scale]);
+    let mean = t.reduce("ReduceMean", x, &axes, true);
+    let centred = t.op("Sub", &[x, mean]);
+    let inverse = inverse_size(t, node, centred, &axes)?;
+    let gradient = through_norm(t, weighted, (centred, inverse), &axes);
+    t.give(x, gradient);
+    Ok(())
+}
+
+/// Each group of channels by its own mean and deviation; the scale is one number per group before opset 21, per channel since.
+pub(super) fn group(t: &mut Tape<'_>, node: &Node, given: Given<'_>) -> Result<(), String> {
+    fixed(t, node, 1, "scale")?;
+    fixed(t, node, 2, "bias")?;
+    let (g, x, scale) = (only(given)?, need(node, 0)?, need(node, 1)?);
+    let groups = node.int("num_groups").ok_or("it has no num_groups")?;
+    let folded = [0, groups, -1];
+    let in_groups = t.reshape(x, &folded);
+    let weighted = if t.opset() < 21 {
+        let g = t.reshape(g, &folded);
+        let scale = per_channel(t, scale, 3);
+        t.op("Mul", &[g, scale])
+    } else {
+        let rank = t.rank(x)?;
+        let scale = per_channel(t, scale, rank);
+        let weighted = t.op("Mul", &[g, scale]);
+        t.reshape(weighted, &folded)
+    };
+    let mean = t.reduce("ReduceMean", in_groups, &[2], true);
+    let centred = t.op("Sub", &[in_groups, mean]);
+    let inverse = inverse_size(t, node, centred, &[2])?;
+    let gradient = through_norm(t, weighted, (centred, inverse), &[2]);
+    let gradient = t.reshape_like(gradient, x);
+    t.give(x, gradient);
+    Ok(())
+}
+
+/// By the mean and variance of the training data: `g scale / sqrt(variance + epsilon)`.
+pub(super) fn batch(t: &mut Tape<'_>, node: &Node, given: Given<'_>) -> Result<(), String> {
+    if node.int("training_mode").unwrap_or(0) != 0 {
+        return Err("it takes its mean over the batch".to_owned());
+    }
+    for (slot, what) in [(1, "scale"), (2, "bias"), (3, "mean"), (4, "variance")] {
+        fixed(t, node, slot, what)?;
+    }
+    let (g, x) = (only(given)?, need(node, 0)?);
+    let (scale, variance) = (need(node, 1)?, need(node, 4)?);
+    let epsilon = f64::from(node.float("epsilon").unwrap_or(1e-5));
+    let epsilon = t.number_like(epsilon, variance)?;
+    let moved = t.op("Add", &[variance, epsilon]);
+    let size = t.op("Sqrt", &[moved]);
+    let slope = t.op("Div", &[scale, size]);
+    let rank = t.rank(x)?;
+    let slope = per_channel(t, slope, rank);
+    let gradient = t.op("Mul", &[g, slope]);
+    t.give(x, gradient);
+    Ok(())
+}
+
+/// With `n` the Euclidean norm: `(g - y sum(g y)) / n`.
+pub(super) fn unit_length(t: &mut Tape<'_>, node: &Node, given: Given<'_>) -> Result<(), String> {
+    if node.int("p").unwrap_or(2) != 2 {
+        return Err("its norm is not the Euclidean one".to_owned());
+    }
+    let (g, x, y) = (only(given)?, need(node, 0)?, made(node)?);
+    let axis = t.axis(node.int("axis").unwrap_or(-1), t.rank(x)?)? as i64;
+    let size = t.reduce("ReduceL2", x, &[axis], true);
+    let along = t.op("Mul", &[g, y]);
+    let along = t.reduce("ReduceSum", along, &[axis], true);
+    let along = t.op("Mul", &[y, along]);
+    let rest = t.op("Sub", &[g, along]);
+    let gradient = t.op("Div", &[rest, size]);
     t.give(x, gradient);
     Ok(())
 }

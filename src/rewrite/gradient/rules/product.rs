@@ -115,36 +115,107 @@ pub(super) fn gemm(t: &mut Tape<'_>, node: &Node, given: Given<'_>) -> Result<()
     Ok(())
 }
 
-/// Of two operands with plain letters, each of which stands in the result or in the other operand: `a, b -> y` gives
-/// `dA` by `y, b -> a` and `dB` by `y, a -> b`.
+/// Of any number of operands: the result and the other operands give the gradient of one, `y, others -> own`. A letter that only the
+/// operand has was summed over, and its gradient is the same all along it.
 pub(super) fn einsum(t: &mut Tape<'_>, node: &Node, given: Given<'_>) -> Result<(), String> {
-    let g = only(given)?;
-    let unknown = || "its equation is not one of two operands with plain letters".to_owned();
-    let equation: String = node
-        .string("equation")
-        .ok_or_else(unknown)?
-        .split_whitespace()
-        .collect();
-    let (operands, result) = equation.split_once("->").ok_or_else(unknown)?;
-    let (left, right) = operands.split_once(',').ok_or_else(unknown)?;
-    let plain = |s: &str| {
-        let mut letters: Vec<char> = s.chars().collect();
-        letters.sort_unstable();
-        letters.dedup();
-        letters.len() == s.len() && s.chars().all(|c| c.is_ascii_alphabetic())
-    };
-    let known = |s: &str, a: &str, b: &str| s.chars().all(|c| a.contains(c) || b.contains(c));
-    let parts = [left, right, result];
-    if !parts.iter().all(|s| plain(s)) || !known(left, right, result) || !known(right, left, result)
-    {
-        return Err(unknown());
-    }
-    for (slot, other, own, others) in [(0, 1, left, right), (1, 0, right, left)] {
-        if let Some(x) = t.wanted_input(node, slot) {
-            let equation = Attribute::string("equation", &format!("{result},{others}->{own}"));
-            let product = t.with("Einsum", &[g, need(node, other)?], vec![equation]);
-            t.give(x, product);
+    let (g, y) = (only(given)?, made(node)?);
+    let operands: Vec<ValueId> = node.reads().collect();
+    let (terms, result) = letters(t, node, &operands, y)?;
+    for (slot, x) in operands.iter().enumerate() {
+        if !t.wants(*x) {
+            continue;
         }
+        let own = &terms[slot];
+        let mut read = vec![(g, &result)];
+        read.extend(
+            (operands.iter().zip(&terms).enumerate())
+                .filter(|(other, _)| *other != slot)
+                .map(|(_, (v, term))| (*v, term)),
+        );
+        let known = |c: &char| read.iter().any(|(_, term)| term.contains(*c));
+        let left: String = own.chars().filter(known).collect();
+        let inputs: Vec<ValueId> = read.iter().map(|(v, _)| *v).collect();
+        let terms: Vec<&str> = read.iter().map(|(_, term)| term.as_str()).collect();
+        let equation = Attribute::string("equation", &format!("{}->{left}", terms.join(",")));
+        let summed: Vec<i64> = (0i64..)
+            .zip(own.chars())
+            .filter(|(_, c)| !known(c))
+            .map(|(axis, _)| axis)
+            .collect();
+        let mut gradient = t.with("Einsum", &inputs, vec![equation]);
+        if !summed.is_empty() {
+            let kept = t.unsqueeze(gradient, &summed);
+            let shape = t.op("Shape", &[*x]);
+            gradient = t.op("Expand", &[kept, shape]);
+        }
+        t.give(*x, gradient);
     }
     Ok(())
+}
+
+/// The letters of each operand and of the result, with letters of their own for what an ellipsis stands for.
+fn letters(
+    t: &Tape<'_>,
+    node: &Node,
+    operands: &[ValueId],
+    y: ValueId,
+) -> Result<(Vec<String>, String), String> {
+    let equation = node.string("equation").ok_or("it has no equation")?;
+    let equation: String = equation.split_whitespace().collect();
+    let (left, right) = match equation.split_once("->") {
+        Some((left, right)) => (left, Some(right)),
+        None => (equation.as_str(), None),
+    };
+    let terms: Vec<&str> = left.split(',').collect();
+    if terms.len() != operands.len() {
+        return Err("its equation has another number of operands".to_owned());
+    }
+    let implicit = || {
+        // What stands once, in alphabetical order, behind the ellipsis.
+        let count = |c: char| left.chars().filter(|l| *l == c).count();
+        let mut once: Vec<char> = left.chars().collect();
+        once.retain(|c| c.is_ascii_alphabetic() && count(*c) == 1);
+        once.sort_unstable();
+        let ellipsis = if left.contains("...") { "..." } else { "" };
+        format!("{ellipsis}{}", once.into_iter().collect::<String>())
+    };
+    let right = right.map_or_else(implicit, str::to_owned);
+    let fresh: Vec<char> = ('A'..='Z')
+        .chain('a'..='z')
+        .filter(|c| !equation.contains(*c))
+        .collect();
+    let plain = |term: &str, value: ValueId| -> Result<String, String> {
+        let axes = t.rank_or_scalar(value);
+        let named = term.chars().filter(char::is_ascii_alphabetic).count();
+        let more = axes
+            .checked_sub(named)
+            .ok_or("its equation has too many letters")?;
+        // An ellipsis is right-aligned: the last axes of all of them belong together.
+        let names = fresh.get(..more).ok_or("it has too many axes")?;
+        let names: String = names.iter().rev().collect();
+        let term = term.replace("...", &names);
+        let mut sorted: Vec<char> = term.chars().collect();
+        sorted.sort_unstable();
+        sorted.dedup();
+        if sorted.len() != axes || term.chars().count() != axes {
+            return Err("its equation takes a diagonal".to_owned());
+        }
+        Ok(term)
+    };
+    let named: Vec<String> = terms
+        .iter()
+        .zip(operands)
+        .map(|(term, value)| plain(term, *value))
+        .collect::<Result<_, _>>()?;
+    let result = plain(&right, y)?;
+    // An extent of one would have been stretched, and its gradient be a sum.
+    for (term, value) in named.iter().zip(operands) {
+        for (axis, letter) in term.chars().enumerate() {
+            let place = result.chars().position(|c| c == letter);
+            if place.is_some_and(|p| !t.same_extent((*value, axis), (y, p))) {
+                return Err("one of its operands is stretched".to_owned());
+            }
+        }
+    }
+    Ok((named, result))
 }

@@ -1,7 +1,7 @@
 //! Reductions: the gradient is spread over what was put together.
 
 use super::{super::tape::Tape, made, need, only};
-use crate::onnx::{Node, ValueId};
+use crate::onnx::{Attribute, Node, ValueId};
 
 type Given<'a> = &'a [Option<ValueId>];
 
@@ -28,7 +28,7 @@ fn kept(t: &mut Tape<'_>, node: &Node, value: ValueId) -> Result<ValueId, String
 fn axes(t: &Tape<'_>, node: &Node) -> Result<Option<Vec<i64>>, String> {
     let axes = match node.input(1) {
         Some(axes) => {
-            let constant = t.patch.draft().constant_ints(axes);
+            let constant = t.constant_ints(axes);
             Some(constant.ok_or("its axes are not constant")?)
         }
         None => node.ints("axes").map(<[i64]>::to_vec),
@@ -86,6 +86,74 @@ pub(super) fn l2(t: &mut Tape<'_>, node: &Node, given: Given<'_>) -> Result<(), 
     let share = kept(t, node, share)?;
     let product = t.op("Mul", &[share, x]);
     t.give(x, product);
+    Ok(())
+}
+
+/// `g sign(x)`
+pub(super) fn l1(t: &mut Tape<'_>, node: &Node, given: Given<'_>) -> Result<(), String> {
+    let (g, x) = (only(given)?, need(node, 0)?);
+    let g = kept(t, node, g)?;
+    let sign = t.op("Sign", &[x]);
+    let product = t.op("Mul", &[g, sign]);
+    t.give(x, product);
+    Ok(())
+}
+
+/// `g exp(-y)`
+pub(super) fn log_sum(t: &mut Tape<'_>, node: &Node, given: Given<'_>) -> Result<(), String> {
+    let (g, x, y) = (only(given)?, need(node, 0)?, made(node)?);
+    let negative = t.op("Neg", &[y]);
+    let inverse = t.op("Exp", &[negative]);
+    let share = t.op("Mul", &[g, inverse]);
+    let spread = spread(t, node, share, x)?;
+    t.give(x, spread);
+    Ok(())
+}
+
+/// `g exp(x - y)`
+pub(super) fn log_sum_exp(t: &mut Tape<'_>, node: &Node, given: Given<'_>) -> Result<(), String> {
+    let (g, x, y) = (only(given)?, need(node, 0)?, made(node)?);
+    let (g, y) = (kept(t, node, g)?, kept(t, node, y)?);
+    let less = t.op("Sub", &[x, y]);
+    let share = t.op("Exp", &[less]);
+    let product = t.op("Mul", &[g, share]);
+    t.give(x, product);
+    Ok(())
+}
+
+/// `g` times the product of the others: with one zero among them it is all that gets a gradient, with two nothing does.
+pub(super) fn prod(t: &mut Tape<'_>, node: &Node, given: Given<'_>) -> Result<(), String> {
+    let (g, x) = (only(given)?, need(node, 0)?);
+    let dtype = t.dtype(x)?;
+    let g = kept(t, node, g)?;
+    let (zero, one) = (t.number(0.0, dtype), t.number(1.0, dtype));
+    let vanishes = t.op("Equal", &[x, zero]);
+    let rank = t.rank(x)? as i64;
+    let over = axes(t, node)?.unwrap_or_else(|| (0..rank).collect());
+    let counted = t.cast(vanishes, dtype);
+    let zeros = t.reduce("ReduceSum", counted, &over, true);
+    let filled = t.op("Where", &[vanishes, one, x]);
+    let rest = t.reduce("ReduceProd", filled, &over, true);
+    // How many of the others are zero.
+    let others = t.op("Sub", &[zeros, counted]);
+    let moves = t.op("Equal", &[others, zero]);
+    let slope = t.op("Div", &[rest, filled]);
+    let slope = t.op("Where", &[moves, slope, zero]);
+    let product = t.op("Mul", &[g, slope]);
+    t.give(x, product);
+    Ok(())
+}
+
+/// Every entry counts in those behind it: the same sums from the other end.
+pub(super) fn cumulative(t: &mut Tape<'_>, node: &Node, given: Given<'_>) -> Result<(), String> {
+    let (g, x, axis) = (only(given)?, need(node, 0)?, need(node, 1)?);
+    let flag = |name: &str| node.int(name).unwrap_or(0);
+    let attributes = vec![
+        Attribute::int("exclusive", flag("exclusive")),
+        Attribute::int("reverse", 1 - flag("reverse")),
+    ];
+    let sums = t.with("CumSum", &[g, axis], attributes);
+    t.give(x, sums);
     Ok(())
 }
 
