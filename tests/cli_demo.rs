@@ -20,6 +20,8 @@ fn the_demonstration_shows_everything_and_ends() {
         "[CLS] this movie was fantastic ! [SEP]",
         "positive",
         "Attention of layer",
+        "Why?",
+        "Integrated gradients, 20 points",
         "hidden_states.4",
         "7 x 128",
         "introspectd_explanation_duration_seconds",
@@ -45,6 +47,8 @@ fn the_demonstration_shows_everything_and_ends() {
         "4 layers of 4 heads"
     );
     assert!(html.contains("fantastic"));
+    let html = std::fs::read_to_string(format!("{out}/attribution.html")).unwrap();
+    assert!(html.contains("fantastic") && html.contains("integrated_gradients"));
 }
 
 #[test]

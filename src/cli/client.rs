@@ -9,6 +9,7 @@ use tonic::transport::{Channel, Endpoint};
 
 use super::{error::CliError, local::Local};
 use crate::service::wire::introspect::{
+    attribution_service_client::AttributionServiceClient,
     capture_service_client::CaptureServiceClient, model_service_client::ModelServiceClient,
 };
 
@@ -101,6 +102,11 @@ impl Session {
     /// Calls about models.
     pub(super) fn models(&self) -> ModelServiceClient<Channel> {
         ModelServiceClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE_LIMIT)
+    }
+
+    /// Calls for explanations.
+    pub(super) fn attributions(&self) -> AttributionServiceClient<Channel> {
+        AttributionServiceClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE_LIMIT)
     }
 
     /// Calls for captures.

@@ -8,6 +8,7 @@
 //! means nothing. A reader of standard output that leaves ends a command quietly.
 
 mod assemble;
+mod attribute;
 mod capture;
 mod client;
 mod demo;
@@ -40,6 +41,7 @@ Examples:
     introspectd inspect bert
     introspectd capture bert \"Some text\" --layers 3
     introspectd capture bert \"Some text\" -o some-text.npz
+    introspectd attribute bert \"Some text\"
   Without a daemon:
     introspectd capture ./models/bert \"Some text\"
   When something is wrong:
@@ -71,6 +73,9 @@ enum Command {
     /// Show what happens inside a model on a text: attention, hidden states, any value
     #[command(after_help = capture::EXAMPLES)]
     Capture(capture::CaptureArgs),
+    /// Explain what a model says by the parts of its input: gradients, differences, perturbation, attention
+    #[command(after_help = attribute::EXAMPLES)]
+    Attribute(attribute::AttributeArgs),
     /// List, load, unload and reload the models of a daemon
     #[command(after_help = models::EXAMPLES)]
     Models(models::ModelsArgs),
@@ -111,6 +116,7 @@ async fn run(command: &Command) -> Result<(), CliError> {
         Command::Doctor(args) => doctor::run(args).await,
         Command::Inspect(args) => inspect::run(args).await,
         Command::Capture(args) => capture::run(args).await,
+        Command::Attribute(args) => attribute::run(args).await,
         Command::Models(args) => models::run(args).await,
         Command::Tokenize(args) => text::tokenize(args).await,
         Command::Predict(args) => text::predict(args).await,

@@ -68,7 +68,7 @@ pub(in crate::cli) fn prediction(p: &Prediction) -> Value {
     json!({ "task": p.task, "at": at })
 }
 
-fn summary(s: &Summary) -> Value {
+pub(in crate::cli) fn summary(s: &Summary) -> Value {
     json!({
         "rows": s.rows,
         "bytes": s.bytes,

@@ -53,7 +53,7 @@ impl TextArgs {
 /// Inputs other than text.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Input")]
-pub(super) struct OtherArgs {
+pub(in crate::cli) struct OtherArgs {
     /// Run the model on these token ids, special tokens included
     #[arg(
         long,
@@ -69,7 +69,7 @@ pub(super) struct OtherArgs {
 
 impl OtherArgs {
     /// The input, if one of these was given.
-    pub(super) fn input(&self) -> Result<Option<Input>, CliError> {
+    pub(in crate::cli) fn input(&self) -> Result<Option<Input>, CliError> {
         let kind = match &self.inputs {
             Some(path) => Kind::Tensors(inputs::read(path)?),
             None if !self.ids.is_empty() => Kind::Tokens(TokenIds {

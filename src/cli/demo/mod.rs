@@ -1,5 +1,6 @@
 //! `demo`: the main job on a small model that is part of the binary: a daemon in this process, a client over real gRPC, pictures, metrics.
 
+mod explained;
 mod head;
 mod metrics;
 
@@ -74,7 +75,7 @@ pub(super) struct DemoArgs {
     /// Head of the attention map
     #[arg(long, value_name = "N", requires = "layer")]
     head: Option<usize>,
-    /// Folder to write attention.png and attention.html to
+    /// Folder to write attention.png, attention.html and attribution.html to
     #[arg(long, value_name = "DIR", default_value = "introspectd-demo")]
     out: PathBuf,
     /// End when everything is shown; without it the daemon runs on until Ctrl-C
@@ -195,10 +196,20 @@ async fn show(args: &DemoArgs, local: &Local, began: Instant) -> Result<(), CliE
         &format!("Attention of layer {layer}, head {head} (rows ask, columns are looked at)"),
     );
     text.push_str(&map(&attention, layer, head)?);
+    let explained = explained::explain(&session, NAME, &args.text).await?;
+    section(
+        &mut text,
+        paint,
+        &format!(
+            "Why? The {}, by token (red speaks for it, blue against)",
+            explained.target()
+        ),
+    );
+    text.push_str(&explained.page());
     section(&mut text, paint, "Hidden states");
     text.push_str(&hidden_states(&captured, &model)?);
     section(&mut text, paint, "Files");
-    text.push_str(&files(&args.out, &attention)?);
+    text.push_str(&files(&args.out, &attention, &explained.html())?);
     if let Some(admin) = local.admin_address() {
         section(
             &mut text,
@@ -344,7 +355,7 @@ fn hidden_states(captured: &Captured, model: &Model) -> Result<String, CliError>
     ))
 }
 
-fn files(folder: &Path, attention: &Attention) -> Result<String, CliError> {
+fn files(folder: &Path, attention: &Attention, explained: &str) -> Result<String, CliError> {
     fs::create_dir_all(folder).map_err(|e| {
         CliError::new(format!(
             "cannot make the folder \"{}\": {e}",
@@ -360,6 +371,11 @@ fn files(folder: &Path, attention: &Attention) -> Result<String, CliError> {
             "attention.html",
             page.as_bytes(),
             "the same, to click through",
+        ),
+        (
+            "attribution.html",
+            explained.as_bytes(),
+            "the text, coloured by integrated gradients",
         ),
     ] {
         let path = folder.join(name);
@@ -389,6 +405,7 @@ fn commands(address: SocketAddr, text: &str, layer: usize, head: usize) -> Strin
     let json = quote(&json.to_string());
     format!(
         "  {me} capture {NAME} {quoted} -o demo.npz{server}\n  \
+         {me} attribute {NAME} {quoted} --words{server}\n  \
          {me} inspect {NAME}{server}\n  \
          {me} capture {NAME} {quoted} --hooks post --top-k 5 --by-magnitude{server}\n  \
          grpcurl -plaintext -d {json} {address} introspect.v1.CaptureService/Capture\n"

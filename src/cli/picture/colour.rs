@@ -35,6 +35,23 @@ pub fn scale(weight: f32) -> Rgb {
     })
 }
 
+/// Colour of a signed part of the greatest: blue at -1, white at 0, red at 1; NaN is grey. Both ends are as dark, and told apart without
+/// colour vision of red and green.
+pub fn diverging(part: f32) -> Rgb {
+    const AGAINST: Rgb = [67, 147, 195];
+    const FOR: Rgb = [214, 96, 77];
+    if part.is_nan() {
+        return [128, 128, 128];
+    }
+    let end = if part < 0.0 { AGAINST } else { FOR };
+    let part = part.abs().min(1.0);
+    end.map(|c| {
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // between two bytes
+        let byte = (255.0 + (f32::from(c) - 255.0) * part).round() as u8;
+        byte
+    })
+}
+
 /// A CSS gradient of the scale, for pages.
 pub fn css_stops() -> String {
     STOPS
@@ -54,6 +71,14 @@ mod tests {
         assert_eq!(scale(1.0), STOPS[8]);
         assert_eq!(scale(-3.0), STOPS[0]);
         assert_eq!(scale(f32::INFINITY), STOPS[8]);
+    }
+
+    #[test]
+    fn signs_have_colours_and_nothing_is_white() {
+        assert_eq!(diverging(0.0), [255; 3]);
+        assert!(diverging(1.0)[0] > diverging(1.0)[2]);
+        assert!(diverging(-1.0)[2] > diverging(-1.0)[0]);
+        assert_eq!(diverging(5.0), diverging(1.0));
     }
 
     #[test]

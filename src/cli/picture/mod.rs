@@ -3,6 +3,7 @@
 //! Pure functions from data to text or bytes; writing files is the caller's work. Weights are drawn as they are
 //! on a fixed scale from 0 to 1, so that two pictures can be compared; nothing is renormalised.
 
+pub mod attribution;
 pub mod canvas;
 pub mod colour;
 pub mod page;

@@ -124,7 +124,7 @@ fn draw_map(canvas: &mut Canvas, pattern: &Pattern, left: usize, top: usize, cel
     }
 }
 
-fn encode(canvas: &Canvas) -> Result<Vec<u8>, PictureError> {
+pub(super) fn encode(canvas: &Canvas) -> Result<Vec<u8>, PictureError> {
     let mut bytes = Vec::new();
     let side = |n: usize| u32::try_from(n).expect("a canvas is at most MAX_SIDE pixels wide");
     let mut encoder = png::Encoder::new(&mut bytes, side(canvas.width), side(canvas.height));
