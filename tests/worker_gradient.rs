@@ -7,8 +7,9 @@ mod support;
 use std::collections::BTreeMap;
 
 use introspectd::{
+    anatomy::certificate::{GRADIENT as DIFFERENCE, NULL},
     ipc::{
-        info::{InputRole, ModelInfo},
+        info::{InputRole, ModelInfo, Task},
         spec::{
             GradientSpec, OBJECTIVE, Quantity, Reduction, TARGET_LABEL, TARGET_POSITION,
             TARGET_WEIGHT, VariantSpec,
@@ -17,7 +18,7 @@ use introspectd::{
     },
     tensor::Tensor,
 };
-use support::{Worker, everything, inputs, kind};
+use support::{Worker, everything, fixtures, inputs, kind};
 
 const EMBED: &str = "hook_embed";
 /// Against a central difference, relative.
@@ -286,4 +287,49 @@ async fn what_cannot_be_differentiated_is_refused_with_the_operator() {
         .run(2, &given, everything(&outputs, ROWS as u32))
         .await;
     assert!(served.is_ok(), "the worker serves on");
+}
+
+#[tokio::test]
+async fn the_certificate_holds_moves_and_gradients_against_the_model() {
+    let mut held = 0;
+    for name in fixtures() {
+        let (_worker, info) = Worker::with(&name).await;
+        let checks = &info.certificate.checks;
+        let named = |name: &str| checks.iter().filter(|c| c.name == name).collect::<Vec<_>>();
+        let (null, gradient) = (named(NULL), named(DIFFERENCE));
+        let note = info
+            .notes
+            .iter()
+            .find(|n| n.contains("no gradient through"));
+        for check in null.iter().chain(&gradient) {
+            println!(
+                "{name}: {} {:.1e} of {:.0e}",
+                check.name, check.measured, check.tolerance
+            );
+            assert!(check.passed, "{name}: {check:?}");
+        }
+        if name == "bert.int8" {
+            let note = note.unwrap_or_else(|| panic!("{:?}", info.notes));
+            assert!(note.contains("DynamicQuantizeLinear"), "{note}");
+            assert!(gradient.is_empty() && !null.is_empty(), "{name}");
+            continue;
+        }
+        assert_eq!(note, None, "{name}");
+        let explained = matches!(
+            info.task,
+            Task::SequenceClassification
+                | Task::CausalLm
+                | Task::MaskedLm
+                | Task::TokenClassification
+        );
+        if explained && info.hooks.iter().any(|h| h.name == EMBED) {
+            assert_eq!(gradient.len(), 1, "{name}");
+            assert!(!null.is_empty(), "{name}");
+            held += 1;
+        }
+    }
+    assert!(
+        held > 15,
+        "the fixtures are classifiers and language models: {held}"
+    );
 }

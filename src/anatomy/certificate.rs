@@ -3,7 +3,10 @@
 //! Each is a pure function over tensors of trial runs. Those on structure ([`ROWS`], [`MIX`], the residual sums) are made
 //! while the anatomy is read; [`same_logits`] compares what an exposed variant gives with what the file gives.
 
-use crate::{ipc::info::Check, tensor::Tensor};
+use crate::{
+    ipc::info::Check,
+    tensor::{DType, Tensor},
+};
 
 /// Rows of a pattern sum to one where anything may be seen.
 pub const ROWS: &str = "pattern rows sum to one";
@@ -17,6 +20,11 @@ pub const RESID_POST: &str = "resid_mid + mlp_out == resid_post";
 pub const RESID_PARALLEL: &str = "resid_pre + attn_out + mlp_out == resid_post";
 /// Exposing changes nothing.
 pub const LOGITS: &str = "exposed logits == plain logits";
+
+/// Moving a hook point by nothing changes nothing.
+pub const NULL: &str = "null intervention == original";
+/// The gradient is what small moves show.
+pub const GRADIENT: &str = "gradient matches a central difference";
 
 /// A check that passes when what was measured is within the tolerance. What is no number fails.
 pub fn within(
@@ -43,16 +51,29 @@ pub fn within(
 
 /// Compares the output of a variant with that of the file as it is, relative to the largest magnitude.
 pub fn same_logits(exposed: &Tensor, plain: &Tensor, output: &str) -> Check {
-    let half = !matches!(
-        plain.dtype(),
-        crate::tensor::DType::F32 | crate::tensor::DType::F64
-    );
+    let half = !matches!(plain.dtype(), DType::F32 | DType::F64);
     let (tolerance, named) = if half {
         (2e-2, "Half")
     } else {
         (1e-4, "Rewritten")
     };
     within(LOGITS, distance(exposed, plain), tolerance, named, output)
+}
+
+/// Holds a gradient against a central difference. `off` is how far they are apart, relative to the derivative along the direction;
+/// `doubt` is how far differences at two steps are apart themselves, as kinks and rounding make them: what they are not sure of is
+/// tolerated, up to a bound.
+pub fn same_gradient((off, doubt): (f64, f64), scores: DType, point: &str) -> Check {
+    const MOST: f64 = 5e-2;
+    let half = !matches!(scores, DType::F32 | DType::F64);
+    let (tolerance, named) = if half {
+        (MOST, "HalfGradient")
+    } else if off > 1e-3 && doubt > 1e-3 {
+        (doubt.min(MOST), "Difference")
+    } else {
+        (1e-3, "Gradient")
+    };
+    within(GRADIENT, off, tolerance, named, point)
 }
 
 /// Largest difference of two tensors, relative to the largest magnitude; infinite when they cannot be compared.
@@ -99,6 +120,16 @@ mod tests {
         let check = same_logits(&tensor(&[1.0, -4.1]), &plain, "logits");
         assert!(!check.passed);
         assert!((check.measured - 0.025).abs() < 1e-6);
+    }
+
+    #[test]
+    fn a_difference_that_is_not_sure_of_itself_tolerates_as_much_and_no_more() {
+        let check = |off, doubt| same_gradient((off, doubt), DType::F32, "hook_embed");
+        assert!(check(9e-4, 0.0).passed);
+        assert!(!check(2e-3, 1e-4).passed);
+        assert!(check(2e-3, 3e-3).passed);
+        assert!(!check(0.2, 0.3).passed);
+        assert!(!check(f64::NAN, f64::NAN).passed);
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! The parity certificate: what the anatomy verified on the trials, and that exposing changes nothing.
+//! The parity certificate: what the anatomy verified on the trials, that exposing changes nothing, and what
+//! [`differences`] tell of moving and of the gradient.
 //!
 //! A check that fails is reported and does not fail the load. Hook points that fail theirs were withdrawn by the anatomy already.
 
@@ -6,7 +7,10 @@ use std::collections::BTreeSet;
 
 use ort::session::{RunOptions, Session};
 
-use super::session::{Bench, Effort, run};
+use super::{
+    differences,
+    session::{Bench, Effort, run},
+};
 use crate::{
     anatomy::{
         Anatomy, Trials,
@@ -18,22 +22,22 @@ use crate::{
     tensor::Tensor,
 };
 
-/// All checks, and a note where the variant with every hook point does not even run. `plain` is the session of the file as it is, `normal` the model that rewrites start from.
+/// All checks, with notes where the variant with every hook point does not even run, or the model cannot be differentiated. `plain` is the session of the file as it is, `normal` the model that rewrites start from.
 pub(super) fn check(
     bench: &Bench,
     normal: &Model,
     anatomy: &Anatomy,
     trials: &Trials,
     plain: &mut Session,
-) -> (Vec<Check>, Option<String>) {
+) -> (Vec<Check>, Vec<String>) {
     let mut checks = anatomy.checks.clone();
+    let mut notes = Vec::new();
     let Some(inputs) = inputs(trials, anatomy) else {
-        return (checks, None);
+        return (checks, notes);
     };
     if anatomy.hooks.is_empty() {
-        return (checks, None);
+        return (checks, notes);
     }
-    let mut note = None;
     match exposed(bench, normal, anatomy, &inputs, plain) {
         Ok(pairs) => checks.extend(
             pairs
@@ -41,7 +45,7 @@ pub(super) fn check(
                 .map(|(name, shown, wanted)| same_logits(shown, wanted, name)),
         ),
         Err(why) => {
-            note = Some(format!(
+            notes.push(format!(
                 "with every hook point shown the model does not run: {why}"
             ));
             checks.push(within(
@@ -53,7 +57,11 @@ pub(super) fn check(
             ));
         }
     }
-    (checks, note)
+    let runs = trial_inputs(trials, anatomy);
+    let (moved, note) = differences::check(bench, normal, anatomy, trials, &runs);
+    checks.extend(moved);
+    notes.extend(note);
+    (checks, notes)
 }
 
 /// The inputs that the checks run on; none when no trial ran.

@@ -182,14 +182,14 @@ impl Loaded {
                 "the file's own operators do not run, and predicts use the unfused graph too: {why}"
             ));
         }
-        let (checks, note) = clock.stage("certificate", || {
+        let (checks, certified) = clock.stage("certificate", || {
             if options.certify {
                 certificate::check(&bench, &normal, &anatomy, &trials, &mut plain_session)
             } else {
-                (Vec::new(), None)
+                (Vec::new(), Vec::new())
             }
         });
-        notes.extend(note);
+        notes.extend(certified);
         // What does not compute what the file computes shows nothing of the file.
         if checks.iter().any(|c| c.name == LOGITS && !c.passed) {
             anatomy.hooks.clear();

@@ -21,6 +21,23 @@ pub(super) fn shapes(
     movable: &[String],
     trials: &[Inputs],
 ) -> Result<Shapes, String> {
+    values(bench, model, movable, trials).map(|runs| shapes_of(model, &runs))
+}
+
+/// What runs tell of shapes.
+pub(super) fn shapes_of(model: &Model, runs: &[HashMap<ValueId, Tensor>]) -> Shapes {
+    let shape = |(value, tensor): (&ValueId, &Tensor)| (*value, tensor.shape().to_vec());
+    let runs = runs.iter().map(|run| run.iter().map(shape).collect());
+    Shapes::measured(&model.graph, runs.collect())
+}
+
+/// Every float that a node of the graph makes, and the inputs, in each run.
+pub(super) fn values(
+    bench: &Bench,
+    model: &Model,
+    movable: &[String],
+    trials: &[Inputs],
+) -> Result<Vec<HashMap<ValueId, Tensor>>, String> {
     if trials.is_empty() {
         return Err(
             "the model ran on none of the trial inputs, so that no shape is known".to_owned(),
@@ -43,14 +60,11 @@ pub(super) fn shapes(
             inputs.push((name.clone(), at_rest(model, name)?));
         }
         let made = run(&mut session, &inputs, &options)?;
-        let shapes: HashMap<ValueId, Vec<usize>> = made
-            .iter()
-            .chain(&inputs)
-            .filter_map(|(name, tensor)| Some((graph.value(name)?, tensor.shape().to_vec())))
-            .collect();
-        runs.push(shapes);
+        let seen = made.into_iter().chain(inputs);
+        let seen = seen.filter_map(|(name, tensor)| Some((graph.value(&name)?, tensor)));
+        runs.push(seen.collect());
     }
-    Ok(Shapes::measured(graph, runs))
+    Ok(runs)
 }
 
 /// What an input holds that moves nothing: one for a scale, zero for a shift.

@@ -14,6 +14,7 @@
 
 mod certificate;
 mod config;
+mod differences;
 mod json;
 mod landing;
 mod limits;
