@@ -163,6 +163,9 @@ async fn gradients_of_both_exporters_are_those_of_captum() {
             let times = golden.ask(model, Kind::InputXGradient(pb::InputXGradient::default()));
             let found = explain(&d, times).await.unwrap();
             golden.holds(model, &found, "input_x_gradient", GRADIENT);
+            let relevance = golden.ask(model, Kind::AttnLrp(pb::AttnLrp::default()));
+            let found = explain(&d, relevance).await.unwrap();
+            golden.holds(model, &found, "attn_lrp", GRADIENT);
         }
         d.stop().await;
     }

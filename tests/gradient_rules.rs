@@ -8,6 +8,7 @@ mod support;
 use std::collections::HashMap;
 
 use introspectd::{
+    ipc::spec::Rules,
     onnx::{Attribute, Patch, Writer},
     rewrite::gradient::{Shapes, backward},
     tensor::Tensor,
@@ -47,8 +48,14 @@ fn holds(case: &Case, opset: u8) {
     let mut writer = Writer::new(Patch::new(&model.graph, "gradient"), model.opset());
     let dims = vec![introspectd::onnx::Dim::Unknown; made.shape().len()];
     let seeded = writer.patch.input("seed", made.dtype(), dims).unwrap();
-    let gradients = backward(&mut writer, &shapes, (output, seeded), &points)
-        .unwrap_or_else(|e| panic!("{what}: {e}"));
+    let gradients = backward(
+        &mut writer,
+        &shapes,
+        (output, seeded),
+        &points,
+        Rules::Gradient,
+    )
+    .unwrap_or_else(|e| panic!("{what}: {e}"));
     for (at, gradient) in gradients.iter().enumerate() {
         let gradient = gradient.unwrap_or_else(|| panic!("{what}: input {at} has no gradient"));
         writer.patch.tap(gradient, &format!("d{at}")).unwrap();
@@ -648,7 +655,14 @@ fn what_has_no_rule_is_named() {
     let point = model.graph.value("in0").unwrap();
     let mut writer = Writer::new(Patch::new(&model.graph, "gradient"), 17);
     let shapes = Shapes::measured(&model.graph, Vec::new());
-    let error = backward(&mut writer, &shapes, (output, output), &[point]).unwrap_err();
+    let error = backward(
+        &mut writer,
+        &shapes,
+        (output, output),
+        &[point],
+        Rules::Gradient,
+    )
+    .unwrap_err();
     assert_eq!(
         (&*error.operator, &*error.reason),
         ("Det", "it has no rule")

@@ -11,7 +11,7 @@ use introspectd::{
     ipc::{
         info::{InputRole, ModelInfo, Task},
         spec::{
-            GradientSpec, OBJECTIVE, Quantity, Reduction, TARGET_LABEL, TARGET_POSITION,
+            GradientSpec, OBJECTIVE, Quantity, Reduction, Rules, TARGET_LABEL, TARGET_POSITION,
             TARGET_WEIGHT, VariantSpec,
         },
         wire::Failure,
@@ -34,6 +34,7 @@ fn spec(of: Quantity, reduction: Reduction) -> VariantSpec {
     VariantSpec {
         intervene: [EMBED.to_owned()].into(),
         gradient: Some(GradientSpec {
+            rules: Rules::Gradient,
             at: None,
             of,
             points: BTreeMap::from([(EMBED.to_owned(), reduction)]),

@@ -375,10 +375,11 @@ fn a_row_that_is_shifted_as_a_whole_shares_no_run_with_one_that_is_shifted_by_to
 
 #[test]
 fn an_objective_must_be_given_and_its_terms_count() {
-    use crate::ipc::spec::{GradientSpec, Quantity};
+    use crate::ipc::spec::{GradientSpec, Quantity, Rules};
     let info = testing::info();
     let spec = VariantSpec {
         gradient: Some(GradientSpec {
+            rules: Rules::Gradient,
             at: None,
             of: Quantity::Logit,
             points: [("hook_embed".to_owned(), Reduction::Dot)].into(),

@@ -48,6 +48,9 @@ pub struct GradientSpec {
     /// Hook point that holds the scores; the model's main output unless said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub at: Option<String>,
+    /// How operators hand on what reaches them.
+    #[serde(default, skip_serializing_if = "Rules::are_gradients")]
+    pub rules: Rules,
     /// Hook points, and how the gradient with respect to each leaves the graph.
     pub points: BTreeMap<String, Reduction>,
 }
@@ -71,6 +74,26 @@ pub enum Quantity {
     LogProbability,
     /// Its softmax over the last axis.
     Probability,
+}
+
+/// How operators hand on what reaches them, from the objective back to the points.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize,
+)]
+#[serde(rename_all = "snake_case")]
+pub enum Rules {
+    /// The chain rule: what arrives is the gradient.
+    #[default]
+    Gradient,
+    /// AttnLRP (Achtibat et al. 2024): what arrives, times the value, is relevance.
+    AttnLrp,
+}
+
+impl Rules {
+    #[allow(clippy::trivially_copy_pass_by_ref)] // as serde asks
+    fn are_gradients(&self) -> bool {
+        *self == Rules::Gradient
+    }
 }
 
 /// What leaves the graph of a gradient `g` with respect to `x`. All but the whole are sums over the last axis, which goes.

@@ -119,7 +119,7 @@ fn differentiate(
         dims: vec![None],
     }];
     let points: Vec<ValueId> = hooks.iter().map(|(_, _, hook)| hook.value).collect();
-    let gradients = backward(&mut w, shapes, (scores.value, seed), &points)?;
+    let gradients = backward(&mut w, shapes, (scores.value, seed), &points, spec.rules)?;
     for ((name, reduction, hook), gradient) in hooks.into_iter().zip(gradients) {
         let gradient = gradient.ok_or_else(|| {
             RewriteError::Graph(format!("what is explained does not depend on \"{name}\""))

@@ -24,7 +24,7 @@ use crate::{
     ipc::{
         info::{Axis, Check},
         spec::{
-            GradientSpec, OBJECTIVE, Quantity, Reduction, TARGET_LABEL, TARGET_POSITION,
+            GradientSpec, OBJECTIVE, Quantity, Reduction, Rules, TARGET_LABEL, TARGET_POSITION,
             TARGET_WEIGHT, VariantSpec,
         },
     },
@@ -88,6 +88,7 @@ impl Case<'_> {
             gradient: Some(GradientSpec {
                 of: Quantity::Logit,
                 at: None,
+                rules: Rules::Gradient,
                 points: BTreeMap::from([(POINT.to_owned(), Reduction::Whole)]),
             }),
             keep_outputs: false,

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 
 use introspectd::{
     anatomy::Anatomy,
+    ipc::spec::Rules,
     onnx::{Dim, Model, Patch, ValueId, Writer},
     rewrite::{
         self,
@@ -87,8 +88,14 @@ pub fn differentiated(
         .patch
         .input(SEED, dtype, vec![Dim::Unknown; rank])
         .map_err(|e| e.to_string())?;
-    let found = backward(&mut writer, &shapes, (output, seed), &[point.value])
-        .map_err(|e| e.to_string())?;
+    let found = backward(
+        &mut writer,
+        &shapes,
+        (output, seed),
+        &[point.value],
+        Rules::Gradient,
+    )
+    .map_err(|e| e.to_string())?;
     let gradient = found[0].ok_or("the output does not depend on the embedding")?;
     writer
         .patch

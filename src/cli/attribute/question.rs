@@ -20,6 +20,8 @@ pub(super) enum Name {
     Saliency,
     /// Input times gradient
     InputXGradient,
+    /// Relevance, handed down by the rules of AttnLRP
+    AttnLrp,
     /// Saliency of noisy copies
     SmoothGrad,
     /// Gradients at random points of the path from the baseline
@@ -172,6 +174,7 @@ impl MethodArgs {
                 site,
             }),
             Name::InputXGradient => Kind::InputXGradient(pb::InputXGradient { site }),
+            Name::AttnLrp => Kind::AttnLrp(pb::AttnLrp { site }),
             Name::SmoothGrad => Kind::SmoothGrad(pb::SmoothGrad {
                 samples,
                 noise,
@@ -264,7 +267,7 @@ impl MethodArgs {
                 "--directions",
             ],
             Name::Saliency => &["--norm", "--site"],
-            Name::InputXGradient => &["--site"],
+            Name::InputXGradient | Name::AttnLrp => &["--site"],
             Name::SmoothGrad | Name::GradientShap => &["--samples", "--noise", "--site"],
             Name::Conductance => &["--layer", "--steps", "--quadrature"],
             Name::Ablation | Name::LeaveOneOut => &[],

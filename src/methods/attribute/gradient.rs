@@ -1,8 +1,10 @@
-//! The gradient at the input, in one run: saliency (Simonyan et al. 2013) and input x gradient (Shrikumar et al. 2016).
+//! What reaches the input in one run backwards: saliency (Simonyan et al. 2013), input x gradient (Shrikumar et al. 2016), and relevance
+//! (AttnLRP, Achtibat et al. 2024).
 //!
 //! ```text
 //!   saliency:          sum |dF/dx|, or its L2 norm, or its sum      as Captum's `Saliency`
 //!   input x gradient:  sum x dF/dx                                  as Captum's `InputXGradient`
+//!   relevance:         sum x r, where r is handed on by the rules of AttnLRP in the place of the gradient, as the authors' `lxt`
 //! ```
 
 use super::{
@@ -39,6 +41,13 @@ pub struct InputXGradient {
     pub site: Option<String>,
 }
 
+/// Options of relevance propagation.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct AttnLrp {
+    /// Where; the token embedding, or the input of images, unless said.
+    pub site: Option<String>,
+}
+
 pub(super) async fn saliency(
     options: &Saliency,
     e: &mut Explanation,
@@ -63,6 +72,15 @@ pub(super) async fn input_x_gradient(
 ) -> Result<Attributed, EngineError> {
     let convention = "input times gradient, summed over the width of the site";
     at_input(options.site.as_deref(), How::TimesValue, convention, e).await
+}
+
+pub(super) async fn attn_lrp(
+    options: &AttnLrp,
+    e: &mut Explanation,
+) -> Result<Attributed, EngineError> {
+    let convention =
+        "relevance by the rules of AttnLRP, epsilon zero, summed over the width of the site";
+    at_input(options.site.as_deref(), How::Relevance, convention, e).await
 }
 
 async fn at_input(

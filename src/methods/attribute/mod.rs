@@ -40,7 +40,7 @@ pub use conductance::Conductance;
 pub use evaluate::{Evaluated, Evaluation};
 pub use features::{Features, Grouping};
 pub use finite_difference::{Directions, FiniteDifference, Scheme};
-pub use gradient::{InputXGradient, Norm, Saliency};
+pub use gradient::{AttnLrp, InputXGradient, Norm, Saliency};
 pub use integrated::IntegratedGradients;
 pub use kernel_shap::{KernelShap, KernelShapVariant};
 pub use lime::{Lime, LimeVariant};
@@ -87,6 +87,8 @@ pub enum Method {
     Saliency(Saliency),
     /// See [`gradient`].
     InputXGradient(InputXGradient),
+    /// See [`gradient`].
+    AttnLrp(AttnLrp),
     /// See [`smooth`].
     SmoothGrad(SmoothGrad),
     /// See [`smooth`].
@@ -123,6 +125,7 @@ impl Method {
             Method::FiniteDifference(_) => "finite_difference",
             Method::Saliency(_) => "saliency",
             Method::InputXGradient(_) => "input_x_gradient",
+            Method::AttnLrp(_) => "attn_lrp",
             Method::SmoothGrad(_) => "smooth_grad",
             Method::GradientShap(_) => "gradient_shap",
             Method::Conductance(_) => "conductance",
@@ -143,6 +146,7 @@ impl Method {
             Method::FiniteDifference(o) => o.site.is_none(),
             Method::Saliency(o) => o.site.is_none(),
             Method::InputXGradient(o) => o.site.is_none(),
+            Method::AttnLrp(o) => o.site.is_none(),
             Method::SmoothGrad(o) => o.site.is_none(),
             Method::GradientShap(o) => o.site.is_none(),
             Method::Conductance(_)
@@ -161,6 +165,7 @@ impl Method {
         match self {
             Method::Saliency(_)
             | Method::InputXGradient(_)
+            | Method::AttnLrp(_)
             | Method::SmoothGrad(_)
             | Method::LeaveOneOut
             | Method::Attention(..) => false,
@@ -181,7 +186,9 @@ impl Method {
         match self {
             Method::IntegratedGradients(o) => o.cost(),
             Method::FiniteDifference(o) => o.cost(features, extent.width),
-            Method::Saliency(_) | Method::InputXGradient(_) => Cost::gradient(1),
+            Method::Saliency(_) | Method::InputXGradient(_) | Method::AttnLrp(_) => {
+                Cost::gradient(1)
+            }
             Method::SmoothGrad(o) => Cost::gradient(o.samples),
             Method::GradientShap(o) => Cost::gradient(o.samples),
             Method::Conductance(o) => Cost::gradient(o.steps + 1),
@@ -540,6 +547,7 @@ async fn explain(method: &Method, e: &mut Explanation) -> Result<Attributed, Eng
         Method::FiniteDifference(options) => finite_difference::run(options, e).await,
         Method::Saliency(options) => gradient::saliency(options, e).await,
         Method::InputXGradient(options) => gradient::input_x_gradient(options, e).await,
+        Method::AttnLrp(options) => gradient::attn_lrp(options, e).await,
         Method::SmoothGrad(options) => smooth::smooth_grad(options, e).await,
         Method::GradientShap(options) => smooth::gradient_shap(options, e).await,
         Method::Conductance(options) => conductance::run(options, e).await,
@@ -608,6 +616,7 @@ fn site_of(method: &Method, subject: &Subject) -> String {
         Method::FiniteDifference(o) => &o.site,
         Method::Saliency(o) => &o.site,
         Method::InputXGradient(o) => &o.site,
+        Method::AttnLrp(o) => &o.site,
         Method::SmoothGrad(o) => &o.site,
         Method::GradientShap(o) => &o.site,
         Method::Conductance(o) => return o.layer.clone(),

@@ -12,7 +12,7 @@ use crate::{
     engine::{EngineError, NamedTensor},
     ipc::{
         info::{Axis, ModelInfo},
-        spec::{Reduction, VALUE_PREFIX},
+        spec::{Reduction, Rules, VALUE_PREFIX},
     },
     tensor::DType,
 };
@@ -52,6 +52,8 @@ pub(super) enum How {
     Sum,
     /// `sum g (scale x + shift)`
     TimesValue,
+    /// The same with relevance in the place of the gradient.
+    Relevance,
     /// `sum g direction`
     Along,
 }
@@ -244,12 +246,17 @@ impl Site {
             How::AbsoluteSum => Reduction::AbsoluteSum,
             How::L2 => Reduction::L2,
             How::Sum => Reduction::Sum,
-            How::TimesValue => Reduction::TimesValue,
+            How::TimesValue | How::Relevance => Reduction::TimesValue,
             How::Along => Reduction::Dot,
         };
         let show = self.show(Show {
             objective: true,
             points: BTreeMap::from([(self.name.clone(), reduction)]),
+            rules: if how == How::Relevance {
+                Rules::AttnLrp
+            } else {
+                Rules::Gradient
+            },
             ..Show::default()
         });
         let info = subject.handle.info().clone();
@@ -294,7 +301,7 @@ impl Site {
         let at = |u: usize| match how {
             How::AbsoluteSum | How::L2 => f64::from(gradient[u].abs()),
             How::Sum => f64::from(gradient[u]),
-            How::TimesValue => {
+            How::TimesValue | How::Relevance => {
                 f64::from(gradient[u]) * f64::from(variation.scale * self.x[u] + variation.shift[u])
             }
             How::Along => f64::from(gradient[u]) * f64::from(variation.direction[u]),

@@ -17,8 +17,8 @@ use crate::{
     ipc::{
         info::{Axis, InputInfo, InputRole, ModelInfo},
         spec::{
-            GradientSpec, OBJECTIVE, Reduction, TARGET_LABEL, TARGET_POSITION, TARGET_WEIGHT,
-            VariantSpec,
+            GradientSpec, OBJECTIVE, Reduction, Rules, TARGET_LABEL, TARGET_POSITION,
+            TARGET_WEIGHT, VariantSpec,
         },
     },
     methods::input::Token,
@@ -88,6 +88,8 @@ pub(super) struct Show {
     pub(super) objective: bool,
     /// Gradients of it.
     pub(super) points: BTreeMap<String, Reduction>,
+    /// Gradients, or relevance.
+    pub(super) rules: Rules,
     /// Hook points as they are.
     pub(super) expose: BTreeSet<String>,
 }
@@ -334,6 +336,7 @@ impl Subject {
             gradient: (show.objective || !show.points.is_empty()).then(|| GradientSpec {
                 of: self.objective.quantity,
                 at: self.objective.at.clone(),
+                rules: show.rules,
                 points: show.points.clone(),
             }),
             ..VariantSpec::rewritten()

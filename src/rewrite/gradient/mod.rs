@@ -14,6 +14,8 @@
 //! - Weights are not copied to transpose them: a product with a weight is differentiated by a `Gemm` with the other flag.
 //! - An operator without a rule, or in a form that its rule does not know, is an error that names it. Nothing is left out in silence.
 //!
+//! With [`Rules::AttnLrp`] some operators hand on relevance instead, by rules of their own.
+//!
 //! Left out: control flow, second derivatives, gradients with respect to weights. Where a function has a kink, the derivative is the one
 //! that PyTorch takes.
 //!
@@ -26,7 +28,10 @@ mod tape;
 
 pub use shapes::Shapes;
 
-use crate::onnx::{Node, ValueId, Writer};
+use crate::{
+    ipc::spec::Rules,
+    onnx::{Node, ValueId, Writer},
+};
 use tape::Tape;
 
 /// Operators whose outputs are constant wherever they have a derivative, or are no floats: nothing flows back through them.
@@ -46,7 +51,8 @@ pub struct NoGradient {
     pub reason: String,
 }
 
-/// Appends the gradient of `sum(seed * of)` with respect to each point; `None` for a point that `of` does not depend on.
+/// Appends the gradient of `sum(seed * of)` with respect to each point, or what other `rules` put in its place; `None` for a point that `of`
+/// does not depend on.
 ///
 /// `seed` has the shape and type of `of`. Points may depend on each other. Reroutes of the writer's patch are not seen: apply
 /// interventions first.
@@ -58,6 +64,7 @@ pub fn backward(
     shapes: &Shapes,
     (of, seed): (ValueId, ValueId),
     points: &[ValueId],
+    rules: Rules,
 ) -> Result<Vec<Option<ValueId>>, NoGradient> {
     let nodes: Vec<Node> = writer
         .patch
@@ -65,7 +72,7 @@ pub fn backward(
         .nodes()
         .map(|(_, n)| n.clone())
         .collect();
-    let mut tape = Tape::new(writer, shapes, points);
+    let mut tape = Tape::new(writer, shapes, points, rules);
     for node in &nodes {
         let flat = node.domain.is_empty() && FLAT.contains(&node.op.as_str());
         if !flat && node.reads().any(|v| tape.wants(v)) {
@@ -91,7 +98,7 @@ pub fn backward(
             node: node.name.clone(),
             reason,
         };
-        let rule = rules::of(node).ok_or_else(|| refuse("it has no rule".to_owned()))?;
+        let rule = rules::of(node, rules).ok_or_else(|| refuse("it has no rule".to_owned()))?;
         rule(&mut tape, node, &given).map_err(refuse)?;
     }
     Ok(points.iter().map(|p| tape.gradient(*p)).collect())

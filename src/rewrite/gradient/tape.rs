@@ -7,6 +7,7 @@ use std::{
 
 use super::Shapes;
 use crate::{
+    ipc::spec::Rules,
     onnx::{Node, ValueId, Writer},
     tensor::DType,
 };
@@ -15,6 +16,7 @@ use crate::{
 pub(super) struct Tape<'a> {
     writer: &'a mut Writer,
     shapes: &'a Shapes,
+    rules: Rules,
     types: Vec<Option<DType>>,
     /// Values that depend on a point, points included.
     wanted: HashSet<ValueId>,
@@ -36,14 +38,25 @@ impl DerefMut for Tape<'_> {
 }
 
 impl<'a> Tape<'a> {
-    pub(super) fn new(writer: &'a mut Writer, shapes: &'a Shapes, points: &[ValueId]) -> Self {
+    pub(super) fn new(
+        writer: &'a mut Writer,
+        shapes: &'a Shapes,
+        points: &[ValueId],
+        rules: Rules,
+    ) -> Self {
         Self {
             types: writer.patch.draft().element_types(),
             writer,
             shapes,
+            rules,
             wanted: points.iter().copied().collect(),
             gradients: HashMap::new(),
         }
+    }
+
+    /// Whether the size that a norm divides by counts as a number, as it does for relevance.
+    pub(super) fn sizes_are_fixed(&self) -> bool {
+        self.rules == Rules::AttnLrp
     }
 
     /// Whether a value's gradient is needed.

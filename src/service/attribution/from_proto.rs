@@ -4,10 +4,10 @@ use crate::{
     engine::EngineError,
     ipc::spec::Quantity,
     methods::attribute::{
-        Baseline, Conductance, Directions, Evaluation, FiniteDifference, GradientShap, Grouping,
-        InputXGradient, IntegratedGradients, KernelShap, KernelShapVariant, Lime, LimeVariant,
-        Method, Norm, Occlusion, Question, Saliency, Scheme, ShapleySampling, SmoothGrad, Smoothed,
-        attention,
+        AttnLrp, Baseline, Conductance, Directions, Evaluation, FiniteDifference, GradientShap,
+        Grouping, InputXGradient, IntegratedGradients, KernelShap, KernelShapVariant, Lime,
+        LimeVariant, Method, Norm, Occlusion, Question, Saliency, Scheme, ShapleySampling,
+        SmoothGrad, Smoothed, attention,
         baseline::Kind,
         features::Span,
         quadrature::Quadrature,
@@ -235,6 +235,9 @@ fn method(given: pb::Method) -> Result<Method> {
             site: named(o.site),
         }),
         Given::InputXGradient(o) => Method::InputXGradient(InputXGradient {
+            site: named(o.site),
+        }),
+        Given::AttnLrp(o) => Method::AttnLrp(AttnLrp {
             site: named(o.site),
         }),
         Given::SmoothGrad(o) => Method::SmoothGrad(SmoothGrad {

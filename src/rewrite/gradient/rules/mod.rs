@@ -7,17 +7,29 @@ mod layout;
 mod norm;
 mod product;
 mod reduce;
+mod relevance;
 mod unary;
 mod window;
 
 use super::tape::Tape;
-use crate::onnx::{Node, ValueId};
+use crate::{
+    ipc::spec::Rules,
+    onnx::{Node, ValueId},
+};
 
 /// Gives the wanted inputs of a node their gradients, from those of its outputs. An error says what it does not know.
 pub(super) type Rule = fn(&mut Tape<'_>, &Node, &[Option<ValueId>]) -> Result<(), String>;
 
 /// The rule of a node's operator.
-pub(super) fn of(node: &Node) -> Option<Rule> {
+pub(super) fn of(node: &Node, rules: Rules) -> Option<Rule> {
+    match rules {
+        Rules::Gradient => derivative(node),
+        Rules::AttnLrp => relevance::of(node).or_else(|| derivative(node)),
+    }
+}
+
+/// The vector-Jacobian product of a node's operator.
+fn derivative(node: &Node) -> Option<Rule> {
     if !node.domain.is_empty() {
         return None;
     }

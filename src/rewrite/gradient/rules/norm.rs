@@ -1,4 +1,6 @@
 //! Operators that set entries of an axis against each other, and rotary positions.
+//!
+//! For relevance the size that a norm divides by is a number, so that it hands on what reaches it (`relevance`).
 
 use super::{super::tape::Tape, fixed, made, need, only};
 use crate::onnx::{Node, ValueId};
@@ -86,8 +88,12 @@ fn through_norm(
     (centred, inverse): (ValueId, ValueId),
     axes: &[i64],
 ) -> ValueId {
-    let normal = t.op("Mul", &[centred, inverse]);
     let shift = t.reduce("ReduceMean", weighted, axes, true);
+    if t.sizes_are_fixed() {
+        let rest = t.op("Sub", &[weighted, shift]);
+        return t.op("Mul", &[inverse, rest]);
+    }
+    let normal = t.op("Mul", &[centred, inverse]);
     let along = t.op("Mul", &[weighted, normal]);
     let along = t.reduce("ReduceMean", along, axes, true);
     let along = t.op("Mul", &[normal, along]);
@@ -179,6 +185,11 @@ pub(super) fn unit_length(t: &mut Tape<'_>, node: &Node, given: Given<'_>) -> Re
     let (g, x, y) = (only(given)?, need(node, 0)?, made(node)?);
     let axis = t.axis(node.int("axis").unwrap_or(-1), t.rank(x)?)? as i64;
     let size = t.reduce("ReduceL2", x, &[axis], true);
+    if t.sizes_are_fixed() {
+        let gradient = t.op("Div", &[g, size]);
+        t.give(x, gradient);
+        return Ok(());
+    }
     let along = t.op("Mul", &[g, y]);
     let along = t.reduce("ReduceSum", along, &[axis], true);
     let along = t.op("Mul", &[y, along]);
@@ -194,8 +205,13 @@ pub(super) fn rms(t: &mut Tape<'_>, node: &Node, given: Given<'_>) -> Result<(),
     let (g, x, scale) = (only(given)?, need(node, 0)?, need(node, 1)?);
     let axes = normalised(t, node)?;
     let inverse = inverse_size(t, node, x, &axes)?;
-    let normal = t.op("Mul", &[x, inverse]);
     let weighted = t.op("Mul", &[g, scale]);
+    if t.sizes_are_fixed() {
+        let gradient = t.op("Mul", &[inverse, weighted]);
+        t.give(x, gradient);
+        return Ok(());
+    }
+    let normal = t.op("Mul", &[x, inverse]);
     let along = t.op("Mul", &[weighted, normal]);
     let along = t.reduce("ReduceMean", along, &axes, true);
     let along = t.op("Mul", &[normal, along]);
