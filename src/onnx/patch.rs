@@ -138,6 +138,20 @@ impl Patch {
         self.node_making(spec, outputs)
     }
 
+    /// Lets a node make outputs that it left out, up to so many; all of them, in its order.
+    pub fn with_outputs(&mut self, node: NodeId, count: usize) -> Vec<ValueId> {
+        let mut made = self.draft.node(node).clone();
+        made.outputs.resize(count.max(made.outputs.len()), None);
+        for slot in 0..made.outputs.len() {
+            if made.outputs[slot].is_none() {
+                made.outputs[slot] = Some(self.fresh(&made.op));
+            }
+        }
+        let outputs = made.outputs.iter().flatten().copied().collect();
+        self.draft.nodes[node.0 as usize] = Some(Arc::new(made));
+        outputs
+    }
+
     /// Adds a standard node with one output.
     pub fn op(&mut self, op: &str, inputs: &[ValueId], attributes: Vec<Attribute>) -> ValueId {
         self.node(NodeSpec {

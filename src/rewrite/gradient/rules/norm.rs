@@ -3,7 +3,10 @@
 //! For relevance the size that a norm divides by is a number, so that it hands on what reaches it (`relevance`).
 
 use super::{super::tape::Tape, fixed, made, need, only};
-use crate::onnx::{Node, ValueId};
+use crate::{
+    onnx::{Node, ValueId},
+    tensor::DType,
+};
 
 type Given<'a> = &'a [Option<ValueId>];
 
@@ -66,15 +69,31 @@ fn inverse_size(
     Ok(t.op("Reciprocal", &[size]))
 }
 
+/// What a norm keeps beside its result, up to this output, in the type of its input: it has the statistics already.
+fn kept(t: &mut Tape<'_>, node: &Node, slot: usize) -> Result<Vec<ValueId>, String> {
+    let (x, y) = (need(node, 0)?, made(node)?);
+    let maker = t.patch.draft().producer(y);
+    let maker = maker.ok_or_else(|| "nothing makes its result".to_owned())?;
+    let dtype = t.dtype(x)?;
+    let outputs = t.patch.with_outputs(maker, slot + 1);
+    let single = node.int("stash_type").unwrap_or(1) == 1 && dtype != DType::F64;
+    let kept = outputs.into_iter().skip(1);
+    Ok(if single && dtype != DType::F32 {
+        kept.map(|v| t.cast(v, dtype)).collect()
+    } else {
+        kept.collect()
+    })
+}
+
 /// With `n` the normalised input, `w = g scale`, `r` the inverse deviation: `r (w - mean(w) - n mean(w n))`.
 pub(super) fn layer(t: &mut Tape<'_>, node: &Node, given: Given<'_>) -> Result<(), String> {
     fixed(t, node, 1, "scale")?;
     fixed(t, node, 2, "bias")?;
     let (g, x, scale) = (only(given)?, need(node, 0)?, need(node, 1)?);
     let axes = normalised(t, node)?;
-    let mean = t.reduce("ReduceMean", x, &axes, true);
-    let centred = t.op("Sub", &[x, mean]);
-    let inverse = inverse_size(t, node, centred, &axes)?;
+    let statistics = kept(t, node, 2)?;
+    let centred = t.op("Sub", &[x, statistics[0]]);
+    let inverse = statistics[1];
     let weighted = t.op("Mul", &[g, scale]);
     let gradient = through_norm(t, weighted, (centred, inverse), &axes);
     t.give(x, gradient);
@@ -204,7 +223,12 @@ pub(super) fn rms(t: &mut Tape<'_>, node: &Node, given: Given<'_>) -> Result<(),
     fixed(t, node, 1, "scale")?;
     let (g, x, scale) = (only(given)?, need(node, 0)?, need(node, 1)?);
     let axes = normalised(t, node)?;
-    let inverse = inverse_size(t, node, x, &axes)?;
+    let inverse = if node.is("RMSNormalization") {
+        // The standard one keeps nothing.
+        inverse_size(t, node, x, &axes)?
+    } else {
+        kept(t, node, 1)?[0]
+    };
     let weighted = t.op("Mul", &[g, scale]);
     if t.sizes_are_fixed() {
         let gradient = t.op("Mul", &[inverse, weighted]);
