@@ -613,7 +613,7 @@ fn norms_and_softmaxes() {
         &[17, 23],
         &node(
             "LayerNormalization",
-            vec![fed(13, &[2, 3, 4]), scale.clone(), bias],
+            vec![fed(13, &[2, 3, 4]), scale.clone(), bias.clone()],
         ),
     );
     holds(
@@ -624,14 +624,26 @@ fn norms_and_softmaxes() {
         .float("epsilon", 0.1),
         17,
     );
-    let [wide, bias] = weights(&[3, 4]);
+    let [wide, wide_bias] = weights(&[3, 4]);
     holds(
-        &node("LayerNormalization", vec![fed(13, &[2, 3, 4]), wide, bias]).int("axis", 1),
+        &node(
+            "LayerNormalization",
+            vec![fed(13, &[2, 3, 4]), wide, wide_bias],
+        )
+        .int("axis", 1),
         17,
     );
     holds(
         &node("RMSNormalization", vec![fed(13, &[2, 3, 4]), scale]).float("epsilon", 0.1),
         23,
+    );
+    holds(
+        &node(
+            "SimplifiedLayerNormalization",
+            vec![fed(13, &[2, 3, 4]), bias],
+        )
+        .float("epsilon", 0.1),
+        17,
     );
 }
 

@@ -454,6 +454,7 @@ async fn every_method_answers_for_text_and_the_same_seed_gives_the_same() {
             }),
             Kind::Saliency(pb::Saliency::default()),
             Kind::InputXGradient(pb::InputXGradient::default()),
+            Kind::AttnLrp(pb::AttnLrp::default()),
             Kind::SmoothGrad(pb::SmoothGrad::default()),
             Kind::GradientShap(pb::GradientShap {
                 noise: 0.01,

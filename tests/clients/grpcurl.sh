@@ -23,7 +23,7 @@ check() {
 text='"input": {"text": {"text": "A delight from beginning to end."}}'
 
 check "list" \
-    'grpc.health.v1.Health.* inference.GRPCInferenceService introspect.v1.CaptureService introspect.v1.ModelService' \
+    'grpc.health.v1.Health.* inference.GRPCInferenceService introspect.v1.AttributionService introspect.v1.CaptureService introspect.v1.ModelService' \
     "$address" list
 check "describe a service" 'rpc Capture ?\( \.introspect\.v1\.CaptureRequest \) returns \( stream ' \
     "$address" describe introspect.v1.CaptureService
@@ -33,6 +33,9 @@ check "ListModels" '"name": "sentiment", "state": "MODEL_STATE_READY"' "$address
 check "Capture" '"header": .*"name": "blocks.0.attn.hook_pattern".*"label": "positive".*"summary": .*"crc32c"' \
     -d "{\"model\": \"sentiment\", $text, \"selection\": {\"hooks\": [\"attentions.0\"]}}" \
     "$address" introspect.v1.CaptureService/Capture
+check "Attribute" '"header": .*"label": "positive".*"result": .*"method": "integrated_gradients".*"delta".*"name": "attributions".*"crc32c"' \
+    -d "{\"model\": \"sentiment\", $text}" \
+    "$address" introspect.v1.AttributionService/Attribute
 check "ModelInfer" '"outputs": \[ \{ "name": "logits", "datatype": "FP32"' \
     -d '{"model_name": "sentiment", "inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "contents": {"bytes_contents": ["Z29vZA=="]}}]}' \
     "$address" inference.GRPCInferenceService/ModelInfer

@@ -73,18 +73,24 @@ pub(in crate::cli) fn largest(scored: &[Scored]) -> f32 {
 
 fn table(scored: &[Scored]) -> String {
     let most = largest(scored);
+    let errors = scored.iter().any(|s| s.error.is_some());
     let rows = scored.iter().take(ROWS).map(|s| {
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // 0 to BAR
         let length = (s.score.abs() / most * BAR).round() as usize;
         let sign = if s.score < 0.0 { "▒" } else { "█" };
-        vec![
-            s.text.clone(),
-            format!("{:+.4}", s.score),
-            s.error.map_or(String::new(), |e| format!("±{e:.1e}")),
-            sign.repeat(length),
-        ]
+        let mut cells = vec![s.text.clone(), format!("{:+.4}", s.score)];
+        if errors {
+            cells.push(s.error.map_or(String::new(), |e| format!("±{e:.1e}")));
+        }
+        cells.push(sign.repeat(length));
+        cells
     });
-    let mut text = out::table(&["feature", "score", "error", ""], rows);
+    let heading: &[&str] = if errors {
+        &["feature", "score", "error", ""]
+    } else {
+        &["feature", "score", ""]
+    };
+    let mut text = out::table(heading, rows);
     if scored.len() > ROWS {
         let _ = writeln!(text, " ... and {} more", scored.len() - ROWS);
     }
