@@ -160,6 +160,22 @@ async fn a_group_larger_than_a_run_comes_in_parts_that_cover_it() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn runs_of_heavy_graphs_are_cut_to_the_time_that_others_wait() {
+    // 512 tokens, the first run, take a second: 204 of them would take 400 ms.
+    let worker = FakeWorker::new(Duration::from_secs(1));
+    let (_engine, handle) = serve(EngineConfig::default(), &worker).await;
+    let all = vec![vec![1; 32]; 64];
+    let group = rows(&all.iter().map(Vec::as_slice).collect::<Vec<_>>());
+    let sweep = handle.submit(job(Lane::Bulk, vec![group]), &ctx()).await;
+    sweep.unwrap().collect().await.unwrap();
+    let sizes: Vec<usize> = worker.seen().iter().map(|run| run.rows.len()).collect();
+    assert_eq!((sizes[0], sizes[1]), (512 / 32, 204 / 32), "{sizes:?}");
+    let least = EngineConfig::default().batch_tokens / 16 / 32;
+    let mut later = sizes[..sizes.len() - 1].iter();
+    assert!(later.all(|rows| *rows >= least), "{sizes:?}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_predict_waits_for_at_most_one_bulk_run() {
     let worker = FakeWorker::new(RUN);
     let (_engine, handle) = serve(EngineConfig::default(), &worker).await;

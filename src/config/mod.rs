@@ -92,7 +92,7 @@ settings! {
     max_text: usize = "256KiB", "INTROSPECTD_MAX_TEXT", "SIZE", parse::size,
         "Largest text that is tokenised";
     batch_tokens: usize = "2048", "INTROSPECTD_BATCH_TOKENS", "N", parse::positive,
-        "Padded tokens of a run; a longer input runs alone";
+        "Most padded tokens of a run, fewer where they take long; a longer input runs alone";
     queue_rows: usize = "16384", "INTROSPECTD_QUEUE_ROWS", "N", parse::positive,
         "Rows that wait for one model; when full, calls are RESOURCE_EXHAUSTED with retry advice";
     open_tokens: usize = "2097152", "INTROSPECTD_OPEN_TOKENS", "N", parse::positive,

@@ -9,7 +9,7 @@
 //! runs alone (that it is within the model's own limit was checked before it was queued). Without padding (`pads`
 //! false) only equal lengths meet. It leaves out fairness: candidates come in the order of turns, the head first.
 
-use std::ops::Range;
+use std::{ops::Range, time::Duration};
 
 /// Bounds and prices of a run.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -237,6 +237,17 @@ impl CostModel {
             Some((fixed, slope)) => (fixed / slope).clamp(OVERHEAD_RANGE.start, OVERHEAD_RANGE.end),
             None => OVERHEAD_PRIOR,
         }
+    }
+
+    /// Tokens that a run may have to end within this time, by the average of what was seen; none before anything was.
+    pub fn tokens_within(&self, time: Duration) -> Option<usize> {
+        if self.micros <= 0.0 {
+            return None;
+        }
+        let tokens = time.as_secs_f64() * 1e6 * self.tokens / self.micros;
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+        // positive, and saturates
+        Some((tokens as usize).max(1))
     }
 
     /// Microseconds that so many tokens take on the average of what was seen; zero before anything was.

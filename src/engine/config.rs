@@ -9,6 +9,9 @@ const MIB: usize = 1 << 20;
 pub struct EngineConfig {
     /// Padded tokens of a run. More waiting rows go to the next run; a single longer row runs alone.
     pub batch_tokens: usize,
+    /// A run has as many rows as end within this time, by what its graph took before; a single longer row runs alone. What is more
+    /// urgent waits for no longer, and rows of heavy graphs gain nothing from company.
+    pub run_time: Duration,
     /// Rows of a run.
     pub batch_rows: usize,
     /// Bytes that a run brings back; a single row that brings more runs alone.
@@ -57,6 +60,7 @@ impl Default for EngineConfig {
     fn default() -> Self {
         Self {
             batch_tokens: 2048,
+            run_time: Duration::from_millis(400),
             batch_rows: 256,
             batch_bytes: 64 * MIB,
             queue_rows: 16 * 1024,

@@ -176,16 +176,21 @@ impl Scheduler {
         costs: &HashMap<(u64, u32), CostModel>,
         config: &EngineConfig,
     ) -> RunLimits {
+        let cost = costs.get(&(key.generation, key.variant));
+        // The first run of a graph tells what it takes. Where a run takes long whatever is in it, short ones would only take longer in sum.
+        let most = config.batch_tokens;
+        let timely = cost.map_or(most / 4, |c| {
+            let tokens = c.tokens_within(config.run_time).unwrap_or(most);
+            tokens.clamp(most / 16, most)
+        });
         RunLimits {
-            budget: config.batch_tokens,
+            budget: timely,
             rows: key
                 .most_rows
                 .map_or(config.batch_rows, |fixed| fixed.min(config.batch_rows)),
             bytes: config.batch_bytes,
             pads: key.pads,
-            overhead: costs
-                .get(&(key.generation, key.variant))
-                .map_or_else(|| CostModel::default().overhead(), CostModel::overhead),
+            overhead: cost.map_or_else(|| CostModel::default().overhead(), CostModel::overhead),
         }
     }
 
