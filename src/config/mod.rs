@@ -105,6 +105,10 @@ settings! {
         "Largest capture of one input, by its estimate before it runs";
     max_rows: usize = "262144", "INTROSPECTD_MAX_ROWS", "N", parse::positive,
         "Most rows that one explanation runs, by its estimate before it runs";
+    probes: Option<PathBuf> = "beside", "INTROSPECTD_PROBES", "DIR", parse::probes,
+        "Folder of stored probes, a folder for each model; or \"beside\": in the folder \"probes\" of each model";
+    probe_memory: usize = "1GiB", "INTROSPECTD_PROBE_MEMORY", "SIZE", parse::size,
+        "Memory for the vectors of a training's examples; more goes to temporary files";
     max_message: usize = "4MiB", "INTROSPECTD_MAX_MESSAGE", "SIZE", parse::message_size,
         "Largest message that is accepted, after decompression";
     max_connections: usize = "1024", "INTROSPECTD_MAX_CONNECTIONS", "N", parse::positive,

@@ -148,6 +148,13 @@ pub(super) fn library(text: &str) -> Result<Option<PathBuf>, String> {
     Ok(Some(path.to_owned()))
 }
 
+pub(super) fn probes(text: &str) -> Result<Option<PathBuf>, String> {
+    if text == "beside" {
+        return Ok(None);
+    }
+    folder(text).map(Some)
+}
+
 /// A number and what follows it.
 fn split(text: &str) -> (&str, &str) {
     let at = text

@@ -8,12 +8,14 @@
 //! - [`reduce`]: pooling, top-k, sparse attention;
 //! - [`predict`]: what the model's output says;
 //! - [`capture`]: all of these in a row;
-//! - [`attribute`]: what each part of the input contributes to a number that the model computes.
+//! - [`attribute`]: what each part of the input contributes to a number that the model computes;
+//! - [`probe`]: small models that read a property off a hook point, trained, stored and scored.
 
 pub mod attribute;
 pub mod capture;
 pub mod input;
 pub mod predict;
+pub mod probe;
 pub mod reduce;
 pub mod select;
 

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock,
         atomic::{AtomicBool, Ordering},
@@ -138,6 +138,17 @@ impl Registry {
     /// Path of the repository.
     pub fn root(&self) -> &Path {
         self.shared.repository.root()
+    }
+
+    /// The folder that a model's files are in, whether it is loaded or not.
+    ///
+    /// # Errors
+    /// [`EngineError::NotFound`].
+    pub fn folder(&self, name: &str) -> Result<PathBuf, EngineError> {
+        let found = self.shared.repository.find(name);
+        found.ok().flatten().map(|f| f.folder).ok_or_else(|| {
+            EngineError::not_found(format!("there is no model \"{name}\" in the repository"))
+        })
     }
 
     /// The model of a name, if it serves.

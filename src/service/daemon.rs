@@ -20,17 +20,19 @@ use super::{
     inference::{Inference, Statistics},
     listener::{self, Limits},
     models::Models,
+    probe::ProbesOf,
     watched::Stalls,
     wire::{
         self, inference::grpc_inference_service_server as oip,
         introspect::attribution_service_server, introspect::capture_service_server,
-        introspect::model_service_server,
+        introspect::model_service_server, introspect::probe_service_server,
     },
 };
 use crate::{
     config::Config,
     engine::{Engine, EngineConfig, ProcessLauncher, WorkerCommand},
     ipc::spec::{LoadOptions, UnknownProvider},
+    methods::probe::ready::Probes,
     model::{ModelSettings, Registry, Repository},
     shutdown::Shutdown,
     telemetry::{
@@ -40,10 +42,11 @@ use crate::{
 };
 
 /// Services whose health is told, beside the daemon's own ("").
-const SERVICES: [&str; 4] = [
+const SERVICES: [&str; 5] = [
     "introspect.v1.ModelService",
     "introspect.v1.CaptureService",
     "introspect.v1.AttributionService",
+    "introspect.v1.ProbeService",
     "inference.GRPCInferenceService",
 ];
 /// How long the workers may take to end once every call is over.
@@ -111,6 +114,7 @@ pub(super) struct State {
     pub(super) registry: Registry,
     pub(super) config: Config,
     pub(super) statistics: Statistics,
+    pub(super) probes: Probes,
     ready: watch::Receiver<bool>,
 }
 
@@ -159,6 +163,7 @@ impl Daemon {
         let state = Arc::new(State {
             registry: registry.clone(),
             statistics: Statistics::default(),
+            probes: Probes::new(config.probes.clone()),
             ready: readiness.clone(),
             config: config.clone(),
         });
@@ -326,6 +331,9 @@ fn routes(state: &Arc<State>, health: &HealthReporter) -> Result<Routes, StartEr
     let attributions = Attributions {
         state: state.clone(),
     };
+    let probes = ProbesOf {
+        state: state.clone(),
+    };
     let inference = Inference {
         state: state.clone(),
     };
@@ -339,6 +347,7 @@ fn routes(state: &Arc<State>, health: &HealthReporter) -> Result<Routes, StartEr
         .add_service(ours!(
             attribution_service_server::AttributionServiceServer::new(attributions)
         ))
+        .add_service(ours!(probe_service_server::ProbeServiceServer::new(probes)))
         .add_service(ours!(oip::GrpcInferenceServiceServer::new(inference)))
         .add_service(tonic_health::pb::health_server::HealthServer::new(health))
         .add_service(reflection().build_v1()?)

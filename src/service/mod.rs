@@ -1,7 +1,7 @@
 //! The gRPC edge: the only code of the daemon that names tonic and our wire types.
 //!
 //! ```text
-//!  connection ─▶ listener ─▶ edge ─▶ routes ─▶ capture │ attribution │ models │ inference │ health │ reflection
+//!  connection ─▶ listener ─▶ edge ─▶ routes ─▶ capture │ attribution │ probe │ models │ inference │ health │ reflection
 //!                  │           │                 │
 //!                  limits      deadline,         from_proto ─▶ methods, model ─▶ to_proto
 //!                  keepalive   metrics, stalls
@@ -18,6 +18,7 @@ mod bulk;
 mod call;
 mod capture;
 pub mod daemon;
+mod driven;
 mod edge;
 mod explained;
 mod from_proto;
@@ -25,6 +26,7 @@ mod inference;
 mod listener;
 mod messages;
 mod models;
+mod probe;
 mod status;
 mod to_proto;
 mod watched;

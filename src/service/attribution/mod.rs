@@ -15,6 +15,7 @@ use super::{
     bulk,
     call::Call,
     daemon::State,
+    driven::driven,
     explained::Explained,
     messages::Ledger,
     status, to_proto as common,
@@ -169,15 +170,6 @@ impl State {
             }
         }
     }
-}
-
-/// Messages that someone must work for: the work goes on while the messages are read, and ends when they are dropped.
-fn driven<T: Send + 'static>(
-    work: impl Future<Output = ()> + Send + 'static,
-    messages: impl Stream<Item = Result<T, Status>> + Send + 'static,
-) -> impl Stream<Item = Result<T, Status>> + Send {
-    let work = futures::stream::once(work).filter_map(|()| std::future::ready(None));
-    futures::stream::select(messages, work)
 }
 
 /// Sends an explanation: a header, progress, the result with its tensors, a summary.

@@ -1,0 +1,290 @@
+//! From a labelled example to vectors: one run gives those of every hook point.
+
+use crate::{
+    engine::{Ctx, EngineError, Lane, ModelHandle},
+    ipc::info::{Axis, ModelInfo},
+    methods::{
+        capture::{self, Captured, Content, Logits, Question, Selection},
+        input::{Input, Token},
+        reduce::Pooling,
+        select::{self, Point},
+    },
+};
+
+/// Hook points when nobody names any.
+const DEFAULT: &str = "hidden_states.*";
+
+/// Which vectors are read.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Hook points, in the order of the graph.
+    pub hooks: Vec<Hook>,
+    /// How positions become one vector, of inputs that are labelled as a whole.
+    pub pooling: Option<Pooling>,
+    /// Largest capture.
+    pub max_bytes: usize,
+}
+
+/// A hook point of positions and features.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hook {
+    /// Canonical name.
+    pub name: String,
+    /// Its layer, where it has one.
+    pub layer: Option<usize>,
+    /// Features.
+    pub width: usize,
+}
+
+/// What an example is labelled by.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Label {
+    /// A class of the whole input.
+    Class(String),
+    /// A number of the whole input.
+    Number(f64),
+    /// Classes of tokens: those whose first byte lies within.
+    Spans(Vec<(std::ops::Range<u32>, String)>),
+}
+
+/// Where an example belongs, when it says so.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// Trained on.
+    Train,
+    /// Judged by.
+    Test,
+}
+
+/// A labelled example.
+#[derive(Clone, Debug)]
+pub struct Example {
+    /// The input.
+    pub input: Input,
+    /// What it is labelled by.
+    pub label: Label,
+    /// Where it belongs.
+    pub part: Option<Part>,
+}
+
+/// What an example gives: a row for the input, or one for each labelled token.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rows {
+    /// The label of each row.
+    pub labels: Vec<Value>,
+    /// What each row is of: rows that are of the same thing (the same text, the same token) have the same label in a control task.
+    pub types: Vec<u64>,
+    /// For each hook point `[row, width]`.
+    pub vectors: Vec<Vec<f32>>,
+    /// Where they belong.
+    pub part: Option<Part>,
+    /// Whether rows are tokens.
+    pub of_tokens: bool,
+}
+
+/// The label of a row.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Value {
+    /// A class.
+    Class(String),
+    /// A number.
+    Number(f64),
+}
+
+/// Finds the hook points.
+///
+/// # Errors
+/// Beneath `field`: names that mean nothing or that the model lacks, and hook points that are not `[batch, pos, features]`.
+pub fn hooks(info: &ModelInfo, names: &[String], field: &str) -> Result<Vec<Hook>, EngineError> {
+    let default = [DEFAULT.to_owned()];
+    let names = if names.is_empty() { &default } else { names };
+    let points = select::points(info, names, &[], field)?;
+    points
+        .iter()
+        .map(|point| match point {
+            Point::Hook(hook) => match (&hook.axes[..], hook.dims.last()) {
+                ([Axis::Batch, Axis::Pos, _], Some(Some(width))) if hook.dtype.is_float() => {
+                    Ok(Hook {
+                        name: hook.name.clone(),
+                        layer: hook.layer,
+                        width: *width,
+                    })
+                }
+                _ => {
+                    let axes: Vec<&str> = hook.axes.iter().map(Axis::name).collect();
+                    Err(EngineError::invalid(
+                        format!("{field}.hooks"),
+                        format!(
+                            "\"{}\" has the axes {}: a probe reads hook points of batch, pos and features",
+                            hook.name,
+                            axes.join(", ")
+                        ),
+                    ))
+                }
+            },
+            Point::Value(name) => Err(EngineError::invalid(
+                format!("{field}.hooks"),
+                format!("\"{name}\" has no axes that anybody has read: name a hook point"),
+            )),
+        })
+        .collect()
+}
+
+/// Runs an example. Errors of the input begin at `input`, those of labels at the example.
+///
+/// # Errors
+/// Those of captures; [`EngineError::FailedPrecondition`] for vectors that are not finite.
+pub async fn extract(
+    handle: &ModelHandle,
+    plan: &Plan,
+    example: Example,
+    ctx: &Ctx,
+) -> Result<Rows, EngineError> {
+    let of_tokens = matches!(example.label, Label::Spans(_));
+    let question = Question {
+        input: example.input,
+        selection: Selection {
+            hooks: plan.hooks.iter().map(|h| h.name.clone()).collect(),
+            // Each labelled token is a row of its own.
+            pooling: plan.pooling.filter(|_| !of_tokens),
+            logits: Logits::None,
+            ..Selection::default()
+        },
+    };
+    let terms = capture::Terms {
+        max_bytes: plan.max_bytes,
+        lane: Lane::Bulk,
+    };
+    let started = capture::start(handle, question, terms, ctx).await?;
+    let tokens = started.prepared.tokens.clone();
+    let captured = started.finish(ctx).await?;
+    if let Some(name) = captured.non_finite.first() {
+        return Err(EngineError::precondition(format!(
+            "\"{name}\" holds a number that is not finite for this input: no probe can be trained on it"
+        )));
+    }
+    let whole: Vec<Vec<f32>> = plan
+        .hooks
+        .iter()
+        .map(|hook| vectors(&captured, &hook.name))
+        .collect::<Result<_, _>>()?;
+    let text = || tokens.iter().fold(0u64, |h, t| mixed(h ^ u64::from(t.id)));
+    let (labels, types, vectors) = match example.label {
+        Label::Class(label) => (vec![Value::Class(label)], vec![text()], whole),
+        Label::Number(number) => (vec![Value::Number(number)], vec![text()], whole),
+        Label::Spans(spans) => {
+            let chosen = labelled(&tokens, &spans)?;
+            let rows = |(values, hook): (&Vec<f32>, &Hook)| {
+                let row = |(at, _): &(usize, &String)| {
+                    let begin = at * hook.width;
+                    values.get(begin..begin + hook.width).unwrap_or_default()
+                };
+                chosen.iter().flat_map(row).copied().collect()
+            };
+            (
+                chosen
+                    .iter()
+                    .map(|(_, label)| Value::Class((*label).clone()))
+                    .collect(),
+                chosen
+                    .iter()
+                    .map(|(at, _)| u64::from(tokens[*at].id))
+                    .collect(),
+                whole.iter().zip(&plan.hooks).map(rows).collect(),
+            )
+        }
+    };
+    Ok(Rows {
+        labels,
+        types,
+        vectors,
+        part: example.part,
+        of_tokens,
+    })
+}
+
+/// A hook point of a capture, as floats.
+///
+/// # Errors
+/// When it did not come.
+pub fn vectors(captured: &Captured, name: &str) -> Result<Vec<f32>, EngineError> {
+    let item = captured.items.iter().find(|i| i.name == name);
+    let Some(Content::Dense(tensor)) = item.map(|i| &i.content) else {
+        return Err(EngineError::internal(format!("\"{name}\" did not come")));
+    };
+    Ok(tensor.to_f32().map_err(EngineError::internal)?.into_owned())
+}
+
+/// Numbers of the tokens that a span labels, each by the first span that does.
+fn labelled<'a>(
+    tokens: &[Token],
+    spans: &'a [(std::ops::Range<u32>, String)],
+) -> Result<Vec<(usize, &'a String)>, EngineError> {
+    let offsets = tokens.iter().any(|t| t.end > t.start);
+    if !offsets && !spans.is_empty() {
+        return Err(EngineError::invalid(
+            "tokens.spans",
+            "spans are of bytes: labels of tokens need a text, not ids",
+        ));
+    }
+    let chosen: Vec<(usize, &String)> = tokens
+        .iter()
+        .enumerate()
+        .filter(|(_, t)| !t.special && t.sequence == 0 && t.end > t.start)
+        .filter_map(|(at, token)| {
+            let span = spans.iter().find(|(span, _)| span.contains(&token.start));
+            Some((at, &span?.1))
+        })
+        .collect();
+    if chosen.is_empty() {
+        return Err(EngineError::invalid(
+            "tokens.spans",
+            "no token begins within any of the spans",
+        ));
+    }
+    Ok(chosen)
+}
+
+/// Mixes bits, so that equal texts and only they are likely to have equal types.
+fn mixed(value: u64) -> u64 {
+    let value = (value ^ (value >> 31)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    value ^ (value >> 27)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn token(start: u32, end: u32, special: bool) -> Token {
+        Token {
+            start,
+            end,
+            special,
+            ..Token::default()
+        }
+    }
+
+    #[test]
+    fn spans_label_the_tokens_that_begin_in_them() {
+        let tokens = [
+            token(0, 0, true),
+            token(0, 4, false),
+            token(5, 8, false),
+            token(8, 10, false),
+            token(0, 0, true),
+        ];
+        let spans = [(0..4, "a".to_owned()), (6..9, "b".to_owned())];
+        let found = labelled(&tokens, &spans).unwrap();
+        let found: Vec<(usize, &str)> = found.iter().map(|(at, l)| (*at, l.as_str())).collect();
+        assert_eq!(found, [(1, "a"), (3, "b")]);
+        assert!(labelled(&tokens, &[(20..30, "c".to_owned())]).is_err());
+        assert!(labelled(&[token(0, 0, false)], &spans).is_err(), "ids");
+    }
+
+    #[test]
+    fn orders_of_tokens_are_different_texts() {
+        let of = |ids: &[u64]| ids.iter().fold(0, |h, id| mixed(h ^ id));
+        assert_ne!(of(&[1, 2]), of(&[2, 1]));
+        assert_eq!(of(&[1, 2]), of(&[1, 2]));
+    }
+}

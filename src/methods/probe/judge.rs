@@ -1,0 +1,461 @@
+//! Fits a probe and judges it: on rows that it did not see, against what a probe finds where there is nothing to find.
+//!
+//! - *Selectivity* (Hewitt and Liang 2019): accuracy less that on a control task, in which every type of row (a text, a token of the
+//!   vocabulary) has a label of its own, drawn from the labels that there are. A probe that does well there learns by heart.
+//! - *Codelength* (Voita and Titov 2020), online: the bits that it takes to send the labels, block by block, each with a probe that was
+//!   trained on the blocks before, the first by chance. *Compression* is how much shorter that is than by chance alone.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Instant,
+};
+
+use ndarray::{Array2, ArrayView2, Axis};
+
+use super::{
+    card::{ClassMetrics, NumberMetrics, Report},
+    fit::{Fitted, How, Targets, fit},
+    metrics,
+};
+use crate::methods::attribute::draw::Draws;
+
+/// Where the blocks of the online code end, as parts of the rows.
+const BLOCKS: [f64; 11] = [
+    0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1.0,
+];
+/// Parts of the training rows of a learning curve.
+const CURVE: [f64; 6] = [0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0];
+/// Folds of a cross-validation.
+const FOLDS: usize = 5;
+
+/// Which rows are trained on, and which judge.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Split {
+    /// Trained on.
+    pub train: Vec<usize>,
+    /// Judged by.
+    pub test: Vec<usize>,
+}
+
+/// What is judged beside the probe itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Judgement {
+    /// The control task.
+    pub control: bool,
+    /// The online code.
+    pub codelength: bool,
+    /// The learning curve.
+    pub learning_curve: bool,
+    /// Where draws begin.
+    pub seed: u64,
+}
+
+impl Split {
+    /// Draws a part of the rows to judge by: of each class the same part, where rows have classes.
+    pub fn drawn(targets: &Targets, fraction: f64, seed: u64) -> Self {
+        let mut groups: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        for row in 0..targets.len() {
+            let class = match targets {
+                Targets::Classes(of, _) => of[row],
+                Targets::Numbers(_) => 0,
+            };
+            groups.entry(class).or_default().push(row);
+        }
+        let mut draws = Draws::new(seed);
+        let (mut train, mut test) = (Vec::new(), Vec::new());
+        for rows in groups.into_values() {
+            let order = draws.permutation(rows.len());
+            #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // a part of it
+            let held = (rows.len() as f64 * fraction).round() as usize;
+            // A class of one row is trained on, a class of two has one on either side.
+            let held = held.clamp(usize::from(rows.len() > 1), rows.len().saturating_sub(1));
+            for (at, row) in order.into_iter().enumerate() {
+                if at < held { &mut test } else { &mut train }.push(rows[row]);
+            }
+        }
+        train.sort_unstable();
+        test.sort_unstable();
+        Self { train, test }
+    }
+}
+
+/// Fits and judges. `types` says for each row what it is of.
+///
+/// # Errors
+/// Those of [`fit`], and that there is nothing to judge by.
+pub fn judge(
+    how: &How,
+    x: ArrayView2<'_, f64>,
+    (targets, types): (&Targets, &[u64]),
+    split: &Split,
+    judgement: Judgement,
+    stop: &dyn Fn() -> bool,
+) -> Result<(Report, Fitted), String> {
+    let begun = Instant::now();
+    if split.test.is_empty() {
+        return Err("there is no example to judge by: give more, or say which".to_owned());
+    }
+    let seed = judgement.seed;
+    let (train, test) = (picked(x, &split.train), picked(x, &split.test));
+    let (known, asked) = (targets.of(&split.train), targets.of(&split.test));
+    let (how, chosen_c) = chosen(how, &train, &known, seed, stop)?;
+    let fitted = fit(&how, train.view(), &known, seed, stop)?;
+    let mut report = Report {
+        iterations: fitted.iterations,
+        converged: fitted.converged,
+        chosen_c,
+        ..Report::default()
+    };
+    let control = || -> Result<Fitted, String> {
+        let drawn = controlled(targets, types, seed);
+        fit(&how, train.view(), &drawn.of(&split.train), seed, stop)
+    };
+    match (&known, &asked) {
+        (Targets::Classes(known, classes), Targets::Classes(asked, _)) => {
+            let classes = *classes;
+            let said = fitted.classes(test.view());
+            let (accuracy_low, accuracy_high) = metrics::bootstrap(&said, asked, seed);
+            let confusion = metrics::confusion(&said, asked, classes);
+            let mut found = ClassMetrics {
+                accuracy: metrics::accuracy(&said, asked),
+                accuracy_low,
+                accuracy_high,
+                macro_f1: metrics::macro_f1(&confusion, classes),
+                majority: majority(known, asked, classes),
+                calibration_error: metrics::calibration_error(
+                    &fitted.probabilities(test.view()),
+                    asked,
+                ),
+                confusion,
+                train_accuracy: metrics::accuracy(&fitted.classes(train.view()), known),
+                ..ClassMetrics::default()
+            };
+            if classes == 2 {
+                let scores = fitted.scores(test.view());
+                found.auc = metrics::auc(&scores.column(0).to_vec(), asked);
+            }
+            if judgement.control {
+                match control() {
+                    Ok(fitted) => {
+                        let of = controlled(targets, types, seed).of(&split.test);
+                        if let Targets::Classes(of, _) = of {
+                            let right = metrics::accuracy(&fitted.classes(test.view()), &of);
+                            found.control_accuracy = Some(right);
+                            found.selectivity = Some(found.accuracy - right);
+                        }
+                    }
+                    Err(why) => report.notes.push(format!("no control task: {why}")),
+                }
+            }
+            if judgement.codelength {
+                let (bits, uniform) = codelength(&how, &train, known, classes, seed, stop)?;
+                found.codelength_bits = Some(bits);
+                found.compression = Some(uniform / bits.max(f64::MIN_POSITIVE));
+            }
+            if judgement.learning_curve {
+                found.learning_curve =
+                    curve(&how, (&train, known), (&test, asked), classes, seed, stop);
+            }
+            report.classes = Some(found);
+        }
+        (Targets::Numbers(known), Targets::Numbers(asked)) => {
+            let numbers = |f: &Fitted, x: &Array2<f64>| f.scores(x.view()).column(0).to_vec();
+            let (r_squared, mean_squared_error, spearman) =
+                metrics::of_numbers(&numbers(&fitted, &test), asked);
+            let mut found = NumberMetrics {
+                r_squared,
+                mean_squared_error,
+                spearman,
+                train_r_squared: metrics::of_numbers(&numbers(&fitted, &train), known).0,
+                ..NumberMetrics::default()
+            };
+            if judgement.control {
+                let fitted = control()?;
+                if let Targets::Numbers(of) = controlled(targets, types, seed).of(&split.test) {
+                    let right = metrics::of_numbers(&numbers(&fitted, &test), &of).0;
+                    found.control_r_squared = Some(right);
+                    found.selectivity = Some(r_squared - right);
+                }
+            }
+            report.numbers = Some(found);
+        }
+        (Targets::Classes(..), Targets::Numbers(_))
+        | (Targets::Numbers(_), Targets::Classes(..)) => {
+            return Err("labels are of two kinds".to_owned());
+        }
+    }
+    if !report.converged {
+        report.notes.push(format!(
+            "the optimiser made {} steps and did not converge",
+            report.iterations
+        ));
+    }
+    report.seconds = begun.elapsed().as_secs_f64();
+    Ok((report, fitted))
+}
+
+fn picked(x: ArrayView2<'_, f64>, rows: &[usize]) -> Array2<f64> {
+    x.select(Axis(0), rows)
+}
+
+/// Accuracy of saying the class that is commonest among what was trained on.
+fn majority(known: &[usize], asked: &[usize], classes: usize) -> f64 {
+    let mut counts = vec![0; classes];
+    known.iter().for_each(|c| counts[*c] += 1);
+    let most = (0..classes).rev().max_by_key(|c| counts[*c]).unwrap_or(0);
+    metrics::accuracy(&vec![most; asked.len()], asked)
+}
+
+/// A label for each type, drawn from those that there are.
+fn controlled(targets: &Targets, types: &[u64], seed: u64) -> Targets {
+    let kinds: BTreeSet<u64> = types.iter().copied().collect();
+    let mut draws = Draws::new(seed ^ 0x5eed_c0de);
+    // In the order of their values, so that the order of examples changes nothing.
+    let drawn: BTreeMap<u64, usize> = kinds
+        .into_iter()
+        .map(|kind| (kind, draws.below(targets.len())))
+        .collect();
+    let rows: Vec<usize> = types.iter().map(|t| drawn[t]).collect();
+    match targets {
+        Targets::Classes(of, classes) => {
+            let mut sorted = of.clone();
+            sorted.sort_unstable();
+            Targets::Classes(rows.iter().map(|r| sorted[*r]).collect(), *classes)
+        }
+        Targets::Numbers(of) => {
+            let mut sorted = of.clone();
+            sorted.sort_by(f64::total_cmp);
+            Targets::Numbers(rows.iter().map(|r| sorted[*r]).collect())
+        }
+    }
+}
+
+/// The C with the best accuracy over folds of the training rows, the smallest of equal ones.
+fn chosen(
+    how: &How,
+    train: &Array2<f64>,
+    known: &Targets,
+    seed: u64,
+    stop: &dyn Fn() -> bool,
+) -> Result<(How, Option<f64>), String> {
+    let How::Logistic { choices, .. } = how else {
+        return Ok((how.clone(), None));
+    };
+    let Targets::Classes(of, _) = known else {
+        return Ok((how.clone(), None));
+    };
+    if choices.is_empty() {
+        return Ok((how.clone(), None));
+    }
+    let order = Draws::new(seed).permutation(of.len());
+    let mut choices = choices.clone();
+    choices.sort_by(f64::total_cmp);
+    let mut best = (f64::NEG_INFINITY, 1.0);
+    for c in choices {
+        let one = How::Logistic {
+            c,
+            choices: Vec::new(),
+        };
+        let mut sum = 0.0;
+        for fold in 0..FOLDS {
+            let in_fold = |at: &usize| at % FOLDS == fold;
+            let rows = |held: bool| -> Vec<usize> {
+                let at = (0..order.len()).filter(|at| in_fold(at) == held);
+                at.map(|at| order[at]).collect()
+            };
+            let (rest, held) = (rows(false), rows(true));
+            let fitted = fit(
+                &one,
+                picked(train.view(), &rest).view(),
+                &known.of(&rest),
+                seed,
+                stop,
+            )?;
+            if let Targets::Classes(asked, _) = known.of(&held) {
+                let said = fitted.classes(picked(train.view(), &held).view());
+                sum += metrics::accuracy(&said, &asked);
+            }
+        }
+        if sum > best.0 {
+            best = (sum, c);
+        }
+    }
+    Ok((
+        How::Logistic {
+            c: best.1,
+            choices: Vec::new(),
+        },
+        Some(best.1),
+    ))
+}
+
+/// Bits of the online code, and by chance.
+fn codelength(
+    how: &How,
+    train: &Array2<f64>,
+    known: &[usize],
+    classes: usize,
+    seed: u64,
+    stop: &dyn Fn() -> bool,
+) -> Result<(f64, f64), String> {
+    let order = Draws::new(seed ^ 0xc0de).permutation(known.len());
+    let chance = (classes as f64).log2();
+    let mut ends: Vec<usize> = BLOCKS.iter().map(|b| part(known.len(), *b)).collect();
+    ends.dedup();
+    let mut bits = ends[0] as f64 * chance;
+    for pair in ends.windows(2) {
+        let (before, block) = (&order[..pair[0]], &order[pair[0]..pair[1]]);
+        let of = |rows: &[usize]| -> Vec<usize> { rows.iter().map(|r| known[*r]).collect() };
+        let seen = Targets::Classes(of(before), classes);
+        // Before there are two classes, chance is all that there is.
+        let Ok(fitted) = fit(how, picked(train.view(), before).view(), &seen, seed, stop) else {
+            bits += block.len() as f64 * chance;
+            continue;
+        };
+        let probabilities = fitted.probabilities(picked(train.view(), block).view());
+        for (row, class) in probabilities.outer_iter().zip(of(block)) {
+            bits -= row[class].max(f64::MIN_POSITIVE).log2();
+        }
+    }
+    Ok((bits, known.len() as f64 * chance))
+}
+
+fn curve(
+    how: &How,
+    (train, known): (&Array2<f64>, &[usize]),
+    (test, asked): (&Array2<f64>, &[usize]),
+    classes: usize,
+    seed: u64,
+    stop: &dyn Fn() -> bool,
+) -> Vec<(u64, f64)> {
+    let order = Draws::new(seed ^ 0xca12e).permutation(known.len());
+    CURVE
+        .iter()
+        .filter_map(|p| {
+            let rows = &order[..part(known.len(), *p)];
+            let of = Targets::Classes(rows.iter().map(|r| known[*r]).collect(), classes);
+            let fitted = fit(how, picked(train.view(), rows).view(), &of, seed, stop).ok()?;
+            let right = metrics::accuracy(&fitted.classes(test.view()), asked);
+            Some((rows.len() as u64, right))
+        })
+        .collect()
+}
+
+/// A part of so many, at least one.
+fn part(n: usize, fraction: f64) -> usize {
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // at most n
+    let part = (n as f64 * fraction).round() as usize;
+    part.clamp(1.min(n), n)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn never() -> bool {
+        false
+    }
+
+    const LOGISTIC: How = How::Logistic {
+        c: 1.0,
+        choices: Vec::new(),
+    };
+
+    /// Rows whose first feature tells the class when `planted`, and random ones otherwise; every row is of a type of its own.
+    fn rows(n: usize, planted: bool) -> (Array2<f64>, Targets, Vec<u64>) {
+        let mut draws = Draws::new(7);
+        let of: Vec<usize> = (0..n).map(|_| draws.below(2)).collect();
+        let x = Array2::from_shape_fn((n, 20), |(r, j)| {
+            let shift = if planted && j == 0 {
+                4.0 * of[r] as f64
+            } else {
+                0.0
+            };
+            draws.normal() + shift
+        });
+        (x, Targets::Classes(of, 2), (0..n as u64).collect())
+    }
+
+    fn judged(planted: bool, judgement: Judgement) -> Report {
+        let (x, targets, types) = rows(600, planted);
+        let split = Split::drawn(&targets, 0.2, 1);
+        let found = judge(
+            &LOGISTIC,
+            x.view(),
+            (&targets, &types),
+            &split,
+            judgement,
+            &never,
+        );
+        found.unwrap().0
+    }
+
+    #[test]
+    fn what_was_planted_is_found_and_what_was_not_is_not() {
+        let all = Judgement {
+            control: true,
+            codelength: true,
+            learning_curve: true,
+            seed: 3,
+        };
+        let found = judged(true, all).classes.unwrap();
+        assert!(
+            found.accuracy > 0.94 && found.selectivity.unwrap() > 0.35,
+            "{found:?}"
+        );
+        assert!(found.compression.unwrap() > 2.0, "{found:?}");
+        assert!(found.auc.unwrap() > 0.97);
+        assert_eq!(found.learning_curve.len(), CURVE.len());
+        let nothing = judged(false, all).classes.unwrap();
+        assert!(nothing.selectivity.unwrap().abs() < 0.15, "{nothing:?}");
+        assert!(nothing.compression.unwrap() < 1.05, "{nothing:?}");
+        assert!(
+            nothing.accuracy_low < 0.5 && nothing.accuracy_high > 0.45,
+            "{nothing:?}"
+        );
+    }
+
+    #[test]
+    fn splits_keep_the_share_of_each_class_and_repeat() {
+        let of: Vec<usize> = (0..100).map(|i| usize::from(i % 10 == 0)).collect();
+        let targets = Targets::Classes(of.clone(), 2);
+        let split = Split::drawn(&targets, 0.2, 9);
+        assert_eq!((split.train.len(), split.test.len()), (80, 20));
+        assert_eq!(split.test.iter().filter(|r| of[**r] == 1).count(), 2);
+        assert_eq!(split, Split::drawn(&targets, 0.2, 9));
+        assert_ne!(split, Split::drawn(&targets, 0.2, 10));
+        let mut all = [split.train, split.test].concat();
+        all.sort_unstable();
+        assert_eq!(all, (0..100).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn the_better_penalty_is_chosen() {
+        let (x, targets, types) = rows(300, true);
+        let split = Split::drawn(&targets, 0.2, 1);
+        let how = How::Logistic {
+            c: 1.0,
+            choices: vec![1e-6, 1.0],
+        };
+        let judgement = Judgement::default();
+        let (report, _) = judge(
+            &how,
+            x.view(),
+            (&targets, &types),
+            &split,
+            judgement,
+            &never,
+        )
+        .unwrap();
+        assert!(report.chosen_c.is_some());
+    }
+
+    #[test]
+    fn the_same_type_has_the_same_label_in_a_control_task() {
+        let targets = Targets::Classes(vec![0, 1, 1, 0, 1, 0], 2);
+        let Targets::Classes(of, _) = controlled(&targets, &[5, 9, 5, 9, 7, 5], 2) else {
+            panic!("classes stay classes");
+        };
+        assert!(of[0] == of[2] && of[2] == of[5] && of[1] == of[3]);
+    }
+}

@@ -1,0 +1,418 @@
+//! A training: examples come in, one probe for each hook point comes out.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use ndarray::Array2;
+use sha2::{Digest as _, Sha256};
+
+pub use super::fit::How;
+use super::{
+    card::{self, Card, FORMAT, Kind, Report, TensorFile},
+    extract::{self, Part, Plan, Rows, Value},
+    fit::{Fitted, Targets},
+    judge::{Judgement, Split, judge},
+    matrices::{Column, Matrices},
+    store::Weights,
+};
+use crate::{
+    engine::{EngineError, ModelHandle},
+    methods::reduce::Pooling,
+    tensor::Tensor,
+};
+
+/// Most classes.
+const MOST_CLASSES: usize = 1024;
+
+/// What to train.
+#[derive(Clone, Debug)]
+pub struct Asked {
+    /// Under which name it is stored, if at all.
+    pub name: Option<String>,
+    /// Hook points; empty for all hidden states.
+    pub hooks: Vec<String>,
+    /// How positions become one vector.
+    pub pooling: Pooling,
+    /// What is trained; by the labels unless said.
+    pub how: Option<How>,
+    /// Names of the classes; empty for those that come.
+    pub labels: Vec<String>,
+    /// Where draws begin.
+    pub seed: u64,
+    /// Part of the examples that is held out.
+    pub test_fraction: f64,
+    /// The control task, too.
+    pub control: bool,
+    /// The online code, too.
+    pub codelength: bool,
+    /// The learning curve, too.
+    pub learning_curve: bool,
+    /// A probe of the same name may be replaced.
+    pub replace: bool,
+}
+
+/// A training that collects examples.
+#[derive(Debug)]
+pub struct Training {
+    asked: Asked,
+    handle: ModelHandle,
+    plan: Arc<Plan>,
+    matrices: Matrices,
+    labels: Vec<Value>,
+    types: Vec<u64>,
+    parts: Vec<Option<Part>>,
+    /// Whether rows are tokens.
+    tokens: Option<bool>,
+}
+
+/// What came out.
+#[derive(Clone, Debug)]
+pub struct Trained {
+    /// What is known of the probes.
+    pub card: Card,
+    /// Their weights.
+    pub weights: Weights,
+}
+
+/// Bounds of a training.
+#[derive(Clone, Copy, Debug)]
+pub struct Terms {
+    /// Memory for the vectors of all examples; more goes to temporary files.
+    pub memory: usize,
+    /// Largest capture.
+    pub max_bytes: usize,
+    /// Hook points that are fitted at a time.
+    pub threads: usize,
+}
+
+impl Training {
+    /// Begins one.
+    ///
+    /// # Errors
+    /// Beneath `header`: hook points that no probe can read.
+    pub fn begin(handle: ModelHandle, asked: Asked, terms: Terms) -> Result<Self, EngineError> {
+        let hooks = extract::hooks(handle.info(), &asked.hooks, "header")?;
+        Ok(Self {
+            matrices: Matrices::new(hooks.len(), terms.memory),
+            plan: Arc::new(Plan {
+                hooks,
+                pooling: Some(asked.pooling),
+                max_bytes: terms.max_bytes,
+            }),
+            asked,
+            handle,
+            labels: Vec::new(),
+            types: Vec::new(),
+            parts: Vec::new(),
+            tokens: None,
+        })
+    }
+
+    /// What is read of each example.
+    pub fn plan(&self) -> Arc<Plan> {
+        self.plan.clone()
+    }
+
+    /// The model.
+    pub fn handle(&self) -> &ModelHandle {
+        &self.handle
+    }
+
+    /// What was asked.
+    pub fn asked(&self) -> &Asked {
+        &self.asked
+    }
+
+    /// Adds what an example gave.
+    ///
+    /// # Errors
+    /// Beneath the example: labels of another kind than before, or that the header does not name; [`EngineError::ResourceExhausted`] when the
+    /// disk does not take what memory does not hold.
+    pub fn push(&mut self, rows: Rows) -> Result<(), EngineError> {
+        let first = self.tokens.get_or_insert(rows.of_tokens);
+        if *first != rows.of_tokens {
+            return Err(EngineError::invalid(
+                "tokens",
+                "labels tokens, where others label whole inputs: every example of a training has the same kind of label",
+            ));
+        }
+        for value in &rows.labels {
+            let same = match (value, self.labels.first()) {
+                (_, None)
+                | (Value::Class(_), Some(Value::Class(_)))
+                | (Value::Number(_), Some(Value::Number(_))) => true,
+                (Value::Class(_), Some(Value::Number(_)))
+                | (Value::Number(_), Some(Value::Class(_))) => false,
+            };
+            if !same {
+                return Err(EngineError::invalid(
+                    "label",
+                    "is a class where others are numbers, or the other way round: every example of a training has the same kind of label",
+                ));
+            }
+            if let Value::Class(name) = value
+                && !self.asked.labels.is_empty()
+                && !self.asked.labels.contains(name)
+            {
+                return Err(EngineError::invalid(
+                    "label",
+                    format!("\"{name}\" is none of the header's labels"),
+                ));
+            }
+        }
+        if self
+            .parts
+            .first()
+            .is_some_and(|p| p.is_some() != rows.part.is_some())
+        {
+            return Err(EngineError::invalid(
+                "part",
+                "is said by some examples and not by others: say it of all, or of none",
+            ));
+        }
+        self.parts.extend(rows.labels.iter().map(|_| rows.part));
+        self.labels.extend(rows.labels);
+        self.types.extend(rows.types);
+        self.matrices.push(&rows.vectors).map_err(|e| spill(&e))
+    }
+
+    /// Fits and judges a probe for each hook point, so many at a time; `each` hears of them as they are done. Blocks.
+    ///
+    /// # Errors
+    /// [`EngineError::FailedPrecondition`] for what the examples lack; [`EngineError::Cancelled`] when asked to stop.
+    pub fn fit(
+        self,
+        threads: usize,
+        stop: &AtomicBool,
+        each: impl Fn(&Report) + Sync,
+    ) -> Result<Trained, EngineError> {
+        let (targets, names) = targets(&self.asked, &self.labels)?;
+        let how = self.asked.how.clone().unwrap_or(match targets {
+            Targets::Classes(..) => How::Logistic {
+                c: 1.0,
+                choices: Vec::new(),
+            },
+            Targets::Numbers(_) => How::Ridge { alpha: 1.0 },
+        });
+        let split = self.split(&targets);
+        let named = split_name(&split);
+        let judgement = Judgement {
+            control: self.asked.control,
+            codelength: self.asked.codelength,
+            learning_curve: self.asked.learning_curve,
+            seed: self.asked.seed,
+        };
+        let rows = self.labels.len();
+        let work: Vec<(usize, Column)> = self
+            .matrices
+            .into_columns()
+            .into_iter()
+            .enumerate()
+            .collect();
+        let work = Mutex::new(work.into_iter());
+        let done = Mutex::new(Vec::new());
+        let one = |at: usize, column: Column| -> Result<(), EngineError> {
+            let hook = &self.plan.hooks[at];
+            let values = column.load().map_err(|e| spill(&e))?;
+            let values: Vec<f64> = values.into_iter().map(f64::from).collect();
+            let x = Array2::from_shape_vec((rows, hook.width), values)
+                .map_err(EngineError::internal)?;
+            let stopped = || stop.load(Ordering::Relaxed);
+            let judged = judge(
+                &how,
+                x.view(),
+                (&targets, &self.types),
+                &split,
+                judgement,
+                &stopped,
+            );
+            if stopped() {
+                return Err(EngineError::Cancelled);
+            }
+            let (report, fitted) = judged.map_err(EngineError::precondition)?;
+            let report = Report {
+                hook: hook.name.clone(),
+                layer: hook.layer,
+                ..report
+            };
+            each(&report);
+            lock(&done).push((at, report, fitted));
+            Ok(())
+        };
+        std::thread::scope(|scope| {
+            let worker = || loop {
+                let Some((at, column)) = lock(&work).next() else {
+                    return Ok(());
+                };
+                one(at, column)?;
+            };
+            let workers: Vec<_> = (0..threads.max(1)).map(|_| scope.spawn(worker)).collect();
+            workers.into_iter().try_for_each(|w| {
+                w.join()
+                    .map_err(|_| EngineError::internal("a fit panicked"))?
+            })
+        })?;
+        let mut done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
+        done.sort_by_key(|(at, ..)| *at);
+        let weights = done
+            .iter()
+            .map(|(_, report, fitted)| weights_of(&report.hook, fitted))
+            .collect::<Result<Vec<_>, _>>()?;
+        let reports: Vec<Report> = done.into_iter().map(|(_, report, _)| report).collect();
+        let best = reports
+            .iter()
+            .rev()
+            .max_by(|a, b| a.merit().total_cmp(&b.merit()))
+            .map(|r| r.hook.clone())
+            .unwrap_or_default();
+        let info = self.handle.info();
+        Ok(Trained {
+            card: Card {
+                format: FORMAT,
+                name: self.asked.name.clone().unwrap_or_default(),
+                model: info.name.clone(),
+                fingerprint: info.fingerprint.clone(),
+                kind: kind(&how),
+                labels: names,
+                pooling: (self.tokens != Some(true)).then_some(self.asked.pooling),
+                best,
+                reports,
+                train_examples: split.train.len() as u64,
+                test_examples: split.test.len() as u64,
+                split: named,
+                seed: self.asked.seed,
+                created: card::now(),
+                made_by: card::MADE_BY.to_owned(),
+                tensors: TensorFile::default(),
+            },
+            weights: weights.into_iter().flatten().collect(),
+        })
+    }
+
+    fn split(&self, targets: &Targets) -> Split {
+        if !self.parts.iter().any(Option::is_some) {
+            return Split::drawn(targets, self.asked.test_fraction, self.asked.seed);
+        }
+        let of = |part| {
+            let rows = self.parts.iter().enumerate();
+            rows.filter(|(_, p)| **p == Some(part))
+                .map(|(at, _)| at)
+                .collect()
+        };
+        Split {
+            train: of(Part::Train),
+            test: of(Part::Test),
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn spill(e: &io::Error) -> EngineError {
+    EngineError::exhausted(
+        format!(
+            "what memory does not hold of the examples could not be put on the disk ({}): raise --probe-memory, or make room where temporary files go",
+            e.kind()
+        ),
+        None,
+    )
+}
+
+/// Labels as numbers, and the names of the classes.
+fn targets(asked: &Asked, labels: &[Value]) -> Result<(Targets, Vec<String>), EngineError> {
+    let mut numbers = Vec::new();
+    let mut seen = BTreeSet::new();
+    for label in labels {
+        match label {
+            Value::Number(number) => numbers.push(*number),
+            Value::Class(name) => {
+                seen.insert(name.as_str());
+            }
+        }
+    }
+    if labels.is_empty() {
+        return Err(EngineError::precondition(
+            "there are no examples: send some after the header",
+        ));
+    }
+    if seen.is_empty() {
+        return Ok((Targets::Numbers(numbers), Vec::new()));
+    }
+    let names: Vec<String> = if asked.labels.is_empty() {
+        seen.into_iter().map(str::to_owned).collect()
+    } else {
+        asked.labels.clone()
+    };
+    if !(2..=MOST_CLASSES).contains(&names.len()) {
+        return Err(EngineError::precondition(format!(
+            "the examples have {} classes: a probe tells 2 to {MOST_CLASSES} apart",
+            names.len()
+        )));
+    }
+    let index: BTreeMap<&str, usize> = names
+        .iter()
+        .enumerate()
+        .map(|(i, n)| (n.as_str(), i))
+        .collect();
+    let of = labels
+        .iter()
+        .filter_map(|label| match label {
+            Value::Class(name) => index.get(name.as_str()).copied(),
+            Value::Number(_) => None,
+        })
+        .collect();
+    Ok((Targets::Classes(of, names.len()), names))
+}
+
+/// A digest of which rows judge, so that two trainings can be told to have judged alike.
+fn split_name(split: &Split) -> String {
+    let mut hash = Sha256::new();
+    for row in &split.test {
+        hash.update((*row as u64).to_le_bytes());
+    }
+    hash.update(((split.train.len() + split.test.len()) as u64).to_le_bytes());
+    let bytes = hash.finalize();
+    bytes[..8].iter().map(|b| format!("{b:02x}")).collect()
+}
+
+fn kind(how: &How) -> Kind {
+    match how {
+        How::Logistic { .. } => Kind::Logistic,
+        How::Ridge { .. } => Kind::Ridge,
+        How::MeanDifference => Kind::MeanDifference,
+        How::Pca => Kind::Pca,
+        How::Mlp { .. } => Kind::Mlp,
+    }
+}
+
+fn weights_of(hook: &str, fitted: &Fitted) -> Result<Vec<(String, Tensor)>, EngineError> {
+    let layers = fitted.hidden.iter().map(|l| ("hidden_", l));
+    let mut parts = Vec::new();
+    for (prefix, layer) in layers.chain([("", &fitted.output)]) {
+        #[allow(clippy::cast_possible_truncation)] // files hold single precision
+        let single = |values: &mut dyn Iterator<Item = &f64>| -> Vec<f32> {
+            values.map(|v| *v as f32).collect()
+        };
+        for (name, shape, values) in [
+            (
+                "weight",
+                layer.weight.shape(),
+                single(&mut layer.weight.iter()),
+            ),
+            ("bias", layer.bias.shape(), single(&mut layer.bias.iter())),
+        ] {
+            let tensor =
+                Tensor::from_f32(shape.to_vec(), &values).map_err(EngineError::internal)?;
+            parts.push((format!("{hook}/{prefix}{name}"), tensor));
+        }
+    }
+    Ok(parts)
+}

@@ -1,0 +1,846 @@
+//! Probes over real gRPC with a real worker: trained, judged, stored, scored; every error, and what must not be lost.
+#![allow(clippy::wildcard_enum_match_arm)] // a test names what it expects; anything else is a failure
+
+#[path = "support/daemon.rs"]
+mod daemon;
+
+use std::{os::unix::fs::PermissionsExt as _, time::Duration};
+
+use daemon::{TestDaemon, demo_model, put};
+use introspectd::service::wire::introspect::{
+    self as pb, probe_service_client::ProbeServiceClient, train_request::Item as Asked,
+    train_response::Item,
+};
+use tonic::{Code, Status, transport::Channel};
+use tonic_types::StatusExt as _;
+
+const MODEL: &str = "sentiment";
+/// The same arithmetic by another way.
+const CLOSE: f32 = 1e-4;
+
+async fn demo() -> TestDaemon {
+    let repository = tempfile::tempdir().unwrap();
+    put(repository.path(), MODEL, &demo_model());
+    let d = TestDaemon::over(repository, |_| {}).await;
+    d.daemon.settled().await;
+    d
+}
+
+async fn client(d: &TestDaemon) -> ProbeServiceClient<Channel> {
+    ProbeServiceClient::new(d.channel().await).max_decoding_message_size(64 << 20)
+}
+
+fn text(text: &str) -> pb::Input {
+    pb::Input {
+        kind: Some(pb::input::Kind::Text(pb::Text {
+            text: text.to_owned(),
+            ..pb::Text::default()
+        })),
+    }
+}
+
+fn header(name: &str) -> pb::TrainHeader {
+    pb::TrainHeader {
+        model: MODEL.to_owned(),
+        name: name.to_owned(),
+        ..pb::TrainHeader::default()
+    }
+}
+
+fn class(input: &str, label: &str) -> pb::Example {
+    pb::Example {
+        input: Some(text(input)),
+        of: Some(pb::example::Of::Label(label.to_owned())),
+        ..pb::Example::default()
+    }
+}
+
+fn number(input: &str, number: f64) -> pb::Example {
+    pb::Example {
+        of: Some(pb::example::Of::Number(number)),
+        ..class(input, "")
+    }
+}
+
+/// Texts whose first word tells the class.
+fn praise(count: usize) -> Vec<pb::Example> {
+    let things = [
+        "film", "story", "actor", "scene", "song", "ending", "plot", "dialogue",
+    ];
+    let more = ["and long", "of course", "once more", "for once", "at last"];
+    (0..count)
+        .map(|i| {
+            let (good, word) = if i % 2 == 0 {
+                ("good", "wonderful")
+            } else {
+                ("bad", "terrible")
+            };
+            let (thing, more) = (things[i / 2 % things.len()], more[i / 16 % more.len()]);
+            class(&format!("a {word} {thing} {more} {}", i / 80), good)
+        })
+        .collect()
+}
+
+#[derive(Debug, Default)]
+struct Trained {
+    reports: Vec<pb::ProbeReport>,
+    progress: Vec<pb::TrainProgress>,
+    result: pb::TrainResult,
+    summary: Option<pb::Summary>,
+}
+
+/// The field that an error names.
+fn field_of(error: &Status) -> String {
+    let found = error.get_details_bad_request();
+    found.map_or(String::new(), |b| b.field_violations[0].field.clone())
+}
+
+async fn train(
+    d: &TestDaemon,
+    header: pb::TrainHeader,
+    examples: Vec<pb::Example>,
+) -> Result<Trained, Status> {
+    let items =
+        std::iter::once(Asked::Header(header)).chain(examples.into_iter().map(Asked::Example));
+    let requests: Vec<pb::TrainRequest> = items
+        .map(|item| pb::TrainRequest { item: Some(item) })
+        .collect();
+    let answer = client(d).await.train(tokio_stream::iter(requests)).await?;
+    let (mut stream, mut trained) = (answer.into_inner(), Trained::default());
+    let mut messages = 0;
+    while let Some(message) = stream.message().await? {
+        assert!(trained.summary.is_none(), "the summary comes last");
+        match message.item.unwrap() {
+            Item::Progress(p) => trained.progress.push(p),
+            Item::Report(r) => trained.reports.push(r),
+            Item::Result(r) => trained.result = r,
+            Item::Summary(s) => {
+                assert_eq!(s.messages, messages);
+                trained.summary = Some(s);
+            }
+        }
+        messages += 1;
+    }
+    assert!(
+        trained.summary.is_some(),
+        "a stream without a summary is incomplete"
+    );
+    Ok(trained)
+}
+
+fn by(name: &str) -> pb::ProbeReference {
+    pb::ProbeReference {
+        name: name.to_owned(),
+        ..pb::ProbeReference::default()
+    }
+}
+
+fn scoring(name: &str, input: &str) -> pb::ScoreRequest {
+    pb::ScoreRequest {
+        model: MODEL.to_owned(),
+        probes: vec![by(name)],
+        of: Some(pb::score_request::Of::Input(text(input))),
+        ..pb::ScoreRequest::default()
+    }
+}
+
+async fn score(d: &TestDaemon, request: pb::ScoreRequest) -> Result<pb::ScoreResponse, Status> {
+    Ok(client(d).await.score(request).await?.into_inner())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_probe_is_trained_at_every_layer_stored_and_scored() {
+    let d = demo().await;
+    let asked = pb::TrainHeader {
+        codelength: true,
+        learning_curve: true,
+        seed: 5,
+        ..header("praise")
+    };
+    let trained = train(&d, asked.clone(), praise(160)).await.unwrap();
+    let probe = trained.result.probe.unwrap();
+    assert!(trained.result.stored);
+    assert_eq!(probe.labels, ["bad", "good"]);
+    assert_eq!((probe.train_examples, probe.test_examples), (128, 32));
+    assert_eq!(probe.kind, "logistic");
+    let hooks: Vec<&str> = probe.reports.iter().map(|r| r.hook.as_str()).collect();
+    assert_eq!(hooks.len(), 5, "{hooks:?}");
+    assert_eq!(
+        trained.reports.len(),
+        5,
+        "one report for each as it is done"
+    );
+    for report in &probe.reports {
+        let m = report.classes.as_ref().unwrap();
+        assert!(report.converged, "{report:?}");
+        assert!((m.majority - 0.5).abs() < 1e-9);
+        assert!(m.accuracy_low <= m.accuracy && m.accuracy <= m.accuracy_high);
+        assert_eq!(m.confusion.iter().sum::<u64>(), 32);
+        let selectivity = m.accuracy - m.control_accuracy.unwrap();
+        assert!((m.selectivity.unwrap() - selectivity).abs() < 1e-9);
+        assert!(m.codelength_bits.unwrap() > 0.0 && !m.learning_curve.is_empty());
+    }
+    let best = probe.reports.iter().find(|r| r.hook == probe.best).unwrap();
+    assert!(best.classes.as_ref().unwrap().accuracy > 0.95, "{best:?}");
+
+    // The same examples and seed give the same split and the same measures.
+    let again = train(
+        &d,
+        pb::TrainHeader {
+            name: String::new(),
+            ..asked
+        },
+        praise(160),
+    )
+    .await
+    .unwrap();
+    let again_probe = again.result.probe.unwrap();
+    assert!(!again.result.stored);
+    assert_eq!(again_probe.split, probe.split);
+    let accuracy = |p: &pb::Probe| -> Vec<f64> {
+        let of = p
+            .reports
+            .iter()
+            .map(|r| r.classes.as_ref().unwrap().accuracy);
+        of.collect()
+    };
+    assert_eq!(accuracy(&again_probe), accuracy(&probe));
+
+    // Scored alone, in a stream, at another layer, with the prediction, and by the caller's own hidden states.
+    let good = score(&d, scoring("praise", "a wonderful film"))
+        .await
+        .unwrap();
+    let [one] = &good.scores[..] else {
+        panic!("{good:?}")
+    };
+    let says = one.input.as_ref().unwrap();
+    assert_eq!(
+        (says.label.as_str(), one.hook.as_str()),
+        ("good", probe.best.as_str())
+    );
+    assert!((says.probabilities.iter().sum::<f32>() - 1.0).abs() < CLOSE);
+    assert!(good.prediction.is_none() && !good.tokens.is_empty() && one.tokens.is_empty());
+    let mut request = scoring("praise", "a wonderful film");
+    request.probes.push(pb::ProbeReference {
+        hook: "hidden_states.1".to_owned(),
+        ..by("praise")
+    });
+    (request.per_token, request.predict) = (true, true);
+    let both = score(&d, request).await.unwrap();
+    assert_eq!(both.scores.len(), 2);
+    assert_eq!(both.scores[1].tokens.len(), both.tokens.len());
+    assert_eq!(
+        both.prediction.unwrap().at[0].candidates[0].label,
+        "positive"
+    );
+    let values = both.scores[0].input.as_ref().unwrap().values[0];
+    assert!((values - says.values[0]).abs() < CLOSE);
+
+    let captured = d
+        .capture(pb::CaptureRequest {
+            model: MODEL.to_owned(),
+            input: Some(text("a wonderful film")),
+            selection: Some(pb::Selection {
+                hooks: vec![probe.best.clone()],
+                ..pb::Selection::default()
+            }),
+        })
+        .await
+        .unwrap();
+    let hidden = captured.values(&probe.best);
+    let width = 128;
+    let request = pb::ScoreRequest {
+        of: Some(pb::score_request::Of::Hidden(pb::Tensor {
+            dtype: pb::DType::F32.into(),
+            shape: vec![(hidden.len() / width) as u64, width as u64],
+            data: hidden
+                .iter()
+                .flat_map(|v| v.to_le_bytes())
+                .collect::<Vec<u8>>()
+                .into(),
+            ..pb::Tensor::default()
+        })),
+        ..scoring("praise", "")
+    };
+    let own = score(&d, request).await.unwrap();
+    let own = own.scores[0].input.as_ref().unwrap().values[0];
+    assert!(
+        (own - says.values[0]).abs() < CLOSE,
+        "{own} {}",
+        says.values[0]
+    );
+
+    let texts = ["a wonderful film", "", "a terrible plot"];
+    let requests: Vec<pb::ScoreStreamRequest> = texts
+        .iter()
+        .enumerate()
+        .map(|(i, t)| pb::ScoreStreamRequest {
+            id: i.to_string(),
+            request: Some(if t.is_empty() {
+                scoring("no-such-probe", "x")
+            } else {
+                scoring("praise", t)
+            }),
+        })
+        .collect();
+    let answer = client(&d)
+        .await
+        .score_stream(tokio_stream::iter(requests))
+        .await;
+    let mut stream = answer.unwrap().into_inner();
+    let mut heard = Vec::new();
+    while let Some(message) = stream.message().await.unwrap() {
+        use pb::score_stream_response::Answer;
+        heard.push(match message.answer.unwrap() {
+            Answer::Scores(s) => format!(
+                "{} {}",
+                message.id,
+                s.scores[0].input.as_ref().unwrap().label
+            ),
+            Answer::Failure(f) => format!("{} failed {}", message.id, f.code),
+            Answer::Summary(s) => format!("{} of {}", s.answered, s.answered + s.failed),
+        });
+    }
+    assert_eq!(heard, ["0 good", "1 failed 5", "2 bad", "2 of 3"]);
+    d.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn numbers_tokens_and_every_kind_can_be_read() {
+    let d = demo().await;
+    // The length of a text, told by its last hidden state.
+    let texts: Vec<pb::Example> = (1..=60)
+        .map(|i| {
+            number(
+                &vec!["word"; i % 15 + 1].join(" "),
+                f64::from(u8::try_from(i % 15).unwrap()),
+            )
+        })
+        .collect();
+    let trained = train(&d, header(""), texts).await.unwrap();
+    let probe = trained.result.probe.unwrap();
+    assert_eq!((probe.kind.as_str(), probe.labels.len()), ("ridge", 0));
+    let best = probe.reports.iter().find(|r| r.hook == probe.best).unwrap();
+    let metrics = best.numbers.as_ref().unwrap();
+    assert!(
+        metrics.r_squared > 0.8 && metrics.spearman > 0.8,
+        "{best:?}"
+    );
+
+    // Tokens by the word that they belong to.
+    let tokens: Vec<pb::Example> = (0..40)
+        .map(|i| {
+            let (first, second) = (["good", "bad", "new"][i % 3], ["film", "song"][i % 2]);
+            let span = |start: usize, end: usize, label: &str| pb::SpanLabel {
+                start: start as u32,
+                end: end as u32,
+                label: label.to_owned(),
+            };
+            let end = first.len() + 1 + second.len();
+            pb::Example {
+                of: Some(pb::example::Of::Tokens(pb::TokenLabels {
+                    spans: vec![
+                        span(0, first.len(), "adjective"),
+                        span(first.len() + 1, end, "noun"),
+                    ],
+                })),
+                ..class(&format!("{first} {second}"), "")
+            }
+        })
+        .collect();
+    let asked = pb::TrainHeader {
+        hooks: vec!["hidden_states.0".to_owned()],
+        ..header("words")
+    };
+    let trained = train(&d, asked, tokens).await.unwrap();
+    let probe = trained.result.probe.unwrap();
+    assert_eq!(probe.pooling, i32::from(pb::Pooling::Unspecified));
+    assert_eq!(probe.train_examples + probe.test_examples, 80);
+    let said = score(&d, scoring("words", "bad film")).await.unwrap();
+    let labels: Vec<&str> = said.scores[0]
+        .tokens
+        .iter()
+        .map(|t| t.label.as_str())
+        .collect();
+    assert_eq!(labels[1..3], ["adjective", "noun"], "{labels:?}");
+    assert!(said.scores[0].input.is_none());
+
+    for (kind, name) in [
+        (
+            pb::probe_kind::Kind::MeanDifference(pb::MeanDifference {}),
+            "mean_difference",
+        ),
+        (pb::probe_kind::Kind::Pca(pb::Pca {}), "pca"),
+        (
+            pb::probe_kind::Kind::Mlp(pb::Mlp {
+                hidden: 8,
+                alpha: 0.0,
+            }),
+            "mlp",
+        ),
+        (
+            pb::probe_kind::Kind::Logistic(pb::Logistic {
+                cross_validate: vec![0.01, 1.0],
+                ..pb::Logistic::default()
+            }),
+            "logistic",
+        ),
+    ] {
+        let asked = pb::TrainHeader {
+            kind: Some(pb::ProbeKind { kind: Some(kind) }),
+            pooling: pb::Pooling::Cls.into(),
+            hooks: vec!["hidden_states.4".to_owned()],
+            ..header(name)
+        };
+        let trained = train(&d, asked, praise(80)).await.unwrap();
+        assert_eq!(trained.result.probe.unwrap().kind, name);
+        let says = score(&d, scoring(name, "a wonderful story")).await.unwrap();
+        assert_eq!(
+            says.scores[0].input.as_ref().unwrap().label,
+            "good",
+            "{name}"
+        );
+    }
+    let listed = client(&d)
+        .await
+        .list_probes(pb::ListProbesRequest::default())
+        .await;
+    let names: Vec<String> = listed
+        .unwrap()
+        .into_inner()
+        .probes
+        .into_iter()
+        .map(|p| p.name)
+        .collect();
+    assert_eq!(
+        names,
+        ["logistic", "mean_difference", "mlp", "pca", "words"]
+    );
+    d.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn probes_leave_and_come_as_files_and_as_plain_weights() {
+    let d = demo().await;
+    train(&d, header("praise"), praise(80)).await.unwrap();
+    let mut client = client(&d).await;
+    let of = |name: &str| (MODEL.to_owned(), name.to_owned());
+    let (model, name) = of("praise");
+    let files = client
+        .export_probe(pb::ExportProbeRequest { model, name })
+        .await;
+    let files = files.unwrap().into_inner().files.unwrap();
+    let import = |name: &str, from, replace| pb::ImportProbeRequest {
+        model: MODEL.to_owned(),
+        name: name.to_owned(),
+        from: Some(from),
+        replace,
+        ..pb::ImportProbeRequest::default()
+    };
+    let from = pb::import_probe_request::From::Files(files.clone());
+    client
+        .import_probe(import("copy", from.clone(), false))
+        .await
+        .unwrap();
+    let values = async |name: &str| {
+        let found = score(&d, scoring(name, "a terrible song")).await.unwrap();
+        found.scores[0].input.clone().unwrap().values[0]
+    };
+    assert_eq!(values("copy").await, values("praise").await);
+    let refused = client
+        .import_probe(import("copy", from.clone(), false))
+        .await
+        .unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
+    client
+        .import_probe(import("copy", from, true))
+        .await
+        .unwrap();
+
+    // Those of another model are refused, and taken when forced.
+    let mut other: serde_json::Value = serde_json::from_slice(&files.description).unwrap();
+    other["fingerprint"] = "ff".repeat(32).into();
+    let foreign = pb::import_probe_request::From::Files(pb::ProbeFiles {
+        description: serde_json::to_vec(&other).unwrap().into(),
+        ..files.clone()
+    });
+    let refused = client
+        .import_probe(import("foreign", foreign.clone(), false))
+        .await
+        .unwrap_err();
+    assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
+    let forced = pb::ImportProbeRequest {
+        force: true,
+        ..import("foreign", foreign, false)
+    };
+    client.import_probe(forced).await.unwrap();
+
+    // As scikit-learn has them: coef_ and intercept_.
+    let mut weight = vec![0.0; 128];
+    weight[3] = 2.0;
+    let linear = pb::LinearProbe {
+        hook: "hidden_states.2".to_owned(),
+        pooling: pb::Pooling::Mean.into(),
+        labels: vec!["no".to_owned(), "yes".to_owned()],
+        weight,
+        bias: vec![0.5],
+    };
+    let from = pb::import_probe_request::From::Linear(linear.clone());
+    client
+        .import_probe(import("plain", from, false))
+        .await
+        .unwrap();
+    let captured = d
+        .capture(pb::CaptureRequest {
+            model: MODEL.to_owned(),
+            input: Some(text("a terrible song")),
+            selection: Some(pb::Selection {
+                hooks: vec!["hidden_states.2".to_owned()],
+                pooling: pb::Pooling::Mean.into(),
+                ..pb::Selection::default()
+            }),
+        })
+        .await
+        .unwrap();
+    let name = captured.header.tensors[0].clone();
+    let expected = 2.0 * captured.values(&name)[3] + 0.5;
+    assert!((values("plain").await - expected).abs() < CLOSE);
+    for (broken, field) in [
+        (
+            pb::LinearProbe {
+                weight: vec![1.0; 5],
+                ..linear.clone()
+            },
+            "linear.weight",
+        ),
+        (
+            pb::LinearProbe {
+                hook: "pattern".to_owned(),
+                ..linear.clone()
+            },
+            "linear.hooks",
+        ),
+        (
+            pb::LinearProbe {
+                bias: vec![f32::NAN],
+                ..linear.clone()
+            },
+            "linear.bias",
+        ),
+    ] {
+        let from = pb::import_probe_request::From::Linear(broken);
+        let refused = client
+            .import_probe(import("broken", from, false))
+            .await
+            .unwrap_err();
+        assert_eq!(refused.code(), Code::InvalidArgument, "{refused}");
+        assert!(field_of(&refused).contains(field), "{refused:?}");
+    }
+    let (model, name) = of("plain");
+    client
+        .delete_probe(pb::DeleteProbeRequest { model, name })
+        .await
+        .unwrap();
+    let gone = score(&d, scoring("plain", "x")).await.unwrap_err();
+    assert_eq!(gone.code(), Code::NotFound);
+    d.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn mistakes_are_named_and_nothing_is_stored() {
+    let d = demo().await;
+    let mut examples = praise(20);
+    examples[7].input = Some(text(""));
+    examples[7].of = None;
+    let nan = vec![number("a", f64::NAN)];
+    let mixed = vec![class("a", "x"), number("b", 1.0)];
+    let partly = vec![
+        pb::Example {
+            part: pb::Part::Train.into(),
+            ..class("a", "x")
+        },
+        class("b", "y"),
+    ];
+    let one_class: Vec<pb::Example> = (0..10)
+        .map(|i| class(&format!("text {i}"), "same"))
+        .collect();
+    let fits = |header: pb::TrainHeader| (header, praise(20));
+    let hooks = |name: &str| pb::TrainHeader {
+        hooks: vec![name.to_owned()],
+        ..header("x")
+    };
+    for ((header, examples), code, part) in [
+        (
+            (header("x"), examples),
+            Code::InvalidArgument,
+            "examples[7].label",
+        ),
+        (
+            (header("x"), nan),
+            Code::InvalidArgument,
+            "examples[0].number",
+        ),
+        (
+            (header("x"), mixed),
+            Code::InvalidArgument,
+            "examples[1].label",
+        ),
+        (
+            (header("x"), partly),
+            Code::InvalidArgument,
+            "examples[1].part",
+        ),
+        (
+            (header("x"), one_class),
+            Code::FailedPrecondition,
+            "1 classes",
+        ),
+        (
+            (header("x"), Vec::new()),
+            Code::FailedPrecondition,
+            "no examples",
+        ),
+        (fits(header("../up")), Code::InvalidArgument, "header.name"),
+        (
+            fits(header(".hidden")),
+            Code::InvalidArgument,
+            "header.name",
+        ),
+        (
+            fits(pb::TrainHeader {
+                model: String::new(),
+                ..header("x")
+            }),
+            Code::InvalidArgument,
+            "header.model",
+        ),
+        (
+            fits(pb::TrainHeader {
+                model: "no".to_owned(),
+                ..header("x")
+            }),
+            Code::NotFound,
+            "no",
+        ),
+        (
+            fits(hooks("pattern")),
+            Code::InvalidArgument,
+            "header.hooks",
+        ),
+        (
+            fits(hooks("blocks.9.hook_resid_post")),
+            Code::InvalidArgument,
+            "header.hooks[0]",
+        ),
+        (
+            fits(pb::TrainHeader {
+                test_fraction: 1.5,
+                ..header("x")
+            }),
+            Code::InvalidArgument,
+            "header.test_fraction",
+        ),
+        (
+            fits(pb::TrainHeader {
+                labels: vec!["good".to_owned()],
+                ..header("x")
+            }),
+            Code::InvalidArgument,
+            "label",
+        ),
+        (
+            fits(pb::TrainHeader {
+                kind: Some(pb::ProbeKind {
+                    kind: Some(pb::probe_kind::Kind::Ridge(pb::Ridge::default())),
+                }),
+                ..header("x")
+            }),
+            Code::FailedPrecondition,
+            "numbers",
+        ),
+    ] {
+        let error = train(&d, header, examples).await.unwrap_err();
+        assert_eq!(error.code(), code, "{part}: {error}");
+        let told = format!("{} {}", field_of(&error), error.message());
+        assert!(told.contains(part), "{part}: {told}");
+    }
+    assert!(
+        !d.repository.path().join(MODEL).join("probes").exists(),
+        "nothing was stored"
+    );
+
+    train(&d, header("praise"), praise(40)).await.unwrap();
+    for (request, code, part) in [
+        (
+            pb::ScoreRequest {
+                probes: Vec::new(),
+                ..scoring("praise", "x")
+            },
+            Code::InvalidArgument,
+            "probes",
+        ),
+        (
+            pb::ScoreRequest {
+                of: None,
+                ..scoring("praise", "x")
+            },
+            Code::InvalidArgument,
+            "input",
+        ),
+        (
+            scoring("../praise", "x"),
+            Code::InvalidArgument,
+            "probes[0].name",
+        ),
+        (
+            scoring("praise", &"word ".repeat(600)),
+            Code::InvalidArgument,
+            "input.text.text",
+        ),
+        (
+            pb::ScoreRequest {
+                probes: vec![pb::ProbeReference {
+                    hook: "hidden_states.77".to_owned(),
+                    ..by("praise")
+                }],
+                ..scoring("praise", "x")
+            },
+            Code::FailedPrecondition,
+            "hidden_states.77",
+        ),
+        (
+            pb::ScoreRequest {
+                of: Some(pb::score_request::Of::Hidden(pb::Tensor {
+                    dtype: pb::DType::F32.into(),
+                    shape: vec![3],
+                    data: vec![0; 12].into(),
+                    ..pb::Tensor::default()
+                })),
+                ..scoring("praise", "x")
+            },
+            Code::InvalidArgument,
+            "hidden.shape",
+        ),
+    ] {
+        let error = score(&d, request).await.unwrap_err();
+        assert_eq!(error.code(), code, "{part}: {error}");
+        let told = format!("{} {}", field_of(&error), error.message());
+        assert!(told.contains(part), "{part}: {told}");
+    }
+    d.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn broken_files_and_full_disks_cost_nobody_else() {
+    let d = demo().await;
+    for name in ["kept", "torn", "hostile"] {
+        train(&d, header(name), praise(40)).await.unwrap();
+    }
+    let folder = d.repository.path().join(MODEL).join("probes");
+    let weights = |name: &str| {
+        let entries = std::fs::read_dir(folder.join(name)).unwrap();
+        let mut paths = entries.map(|e| e.unwrap().path());
+        paths
+            .find(|p| p.extension().is_some_and(|e| e == "safetensors"))
+            .unwrap()
+    };
+    let torn = std::fs::read(weights("torn")).unwrap();
+    std::fs::write(weights("torn"), &torn[..torn.len() / 2]).unwrap();
+    std::fs::write(folder.join("hostile/probe.json"), "{\"format\": 1").unwrap();
+    for name in ["torn", "hostile"] {
+        let error = score(&d, scoring(name, "x")).await.unwrap_err();
+        assert_eq!(error.code(), Code::DataLoss, "{name}: {error}");
+        assert!(error.message().contains(name));
+    }
+    score(&d, scoring("kept", "x")).await.unwrap();
+    let listed = client(&d)
+        .await
+        .list_probes(pb::ListProbesRequest::default())
+        .await;
+    let listed = listed.unwrap().into_inner();
+    let names = |probes: &[pb::Probe]| probes.iter().map(|p| p.name.clone()).collect::<Vec<_>>();
+    assert_eq!(names(&listed.probes), ["kept", "torn"]);
+    assert_eq!(listed.broken[0].name, "hostile");
+    // What cannot be read can be deleted.
+    let request = pb::DeleteProbeRequest {
+        model: MODEL.to_owned(),
+        name: "hostile".to_owned(),
+    };
+    client(&d).await.delete_probe(request).await.unwrap();
+
+    // A place that cannot be written: no folder where one should be. (Permissions do not stop whoever runs as root.)
+    let before = std::fs::read(weights("kept")).unwrap();
+    let blocked = folder.join("blocked");
+    std::fs::write(&blocked, "a file where a folder should be").unwrap();
+    let error = train(&d, header("blocked"), praise(40)).await.unwrap_err();
+    assert_eq!(error.code(), Code::FailedPrecondition, "{error}");
+    assert!(error.message().contains("could not be stored"), "{error}");
+    std::fs::set_permissions(folder.join("kept"), std::fs::Permissions::from_mode(0o555)).unwrap();
+    let replaced = train(
+        &d,
+        pb::TrainHeader {
+            replace: true,
+            ..header("kept")
+        },
+        praise(60),
+    )
+    .await;
+    std::fs::set_permissions(folder.join("kept"), std::fs::Permissions::from_mode(0o755)).unwrap();
+    match replaced {
+        Ok(_) => assert_ne!(
+            std::fs::read(weights("kept")).unwrap(),
+            before,
+            "root may write"
+        ),
+        Err(error) => {
+            assert_eq!(error.code(), Code::FailedPrecondition, "{error}");
+            assert_eq!(
+                std::fs::read(weights("kept")).unwrap(),
+                before,
+                "the old one is as it was"
+            );
+        }
+    }
+    score(&d, scoring("kept", "x")).await.unwrap();
+    d.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_caller_that_leaves_ends_a_training_and_leaves_nothing() {
+    let d = demo().await;
+    let (sender, requests) = tokio::sync::mpsc::channel(4);
+    let feed = tokio::spawn(async move {
+        let header = pb::TrainRequest {
+            item: Some(Asked::Header(header("left"))),
+        };
+        let _ = sender.send(header).await;
+        for example in praise(100_000) {
+            let item = pb::TrainRequest {
+                item: Some(Asked::Example(example)),
+            };
+            if sender.send(item).await.is_err() {
+                return;
+            }
+        }
+    });
+    let requests = tokio_stream::wrappers::ReceiverStream::new(requests);
+    let mut stream = client(&d).await.train(requests).await.unwrap().into_inner();
+    let first = stream.message().await.unwrap().unwrap();
+    assert!(
+        matches!(first.item, Some(Item::Progress(p)) if p.hooks == 5),
+        "progress before the end"
+    );
+    drop(stream);
+    feed.abort();
+    let handle = d.daemon.registry().get(MODEL).unwrap();
+    let left = std::time::Instant::now();
+    while handle.counts().open() > 0 {
+        assert!(
+            left.elapsed() < Duration::from_secs(5),
+            "examples of nobody are not run"
+        );
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert!(!d.repository.path().join(MODEL).join("probes").exists());
+    d.stop().await;
+}
