@@ -22,6 +22,8 @@ fn the_demonstration_shows_everything_and_ends() {
         "Attention of layer",
         "Why?",
         "Integrated gradients, 20 points",
+        "Which layer knows?",
+        "logistic on 192 examples",
         "hidden_states.4",
         "7 x 128",
         "introspectd_explanation_duration_seconds",

@@ -11,6 +11,7 @@ use super::{error::CliError, local::Local};
 use crate::service::wire::introspect::{
     attribution_service_client::AttributionServiceClient,
     capture_service_client::CaptureServiceClient, model_service_client::ModelServiceClient,
+    probe_service_client::ProbeServiceClient,
 };
 
 /// Longest wait for a connection.
@@ -107,6 +108,11 @@ impl Session {
     /// Calls for explanations.
     pub(super) fn attributions(&self) -> AttributionServiceClient<Channel> {
         AttributionServiceClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE_LIMIT)
+    }
+
+    /// Calls for probes.
+    pub(super) fn probes(&self) -> ProbeServiceClient<Channel> {
+        ProbeServiceClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE_LIMIT)
     }
 
     /// Calls for captures.

@@ -20,6 +20,7 @@ mod local;
 mod models;
 mod out;
 pub mod picture;
+mod probe;
 mod serve;
 mod text;
 
@@ -42,6 +43,7 @@ Examples:
     introspectd capture bert \"Some text\" --layers 3
     introspectd capture bert \"Some text\" -o some-text.npz
     introspectd attribute bert \"Some text\"
+    introspectd probe train bert --data labelled.tsv
   Without a daemon:
     introspectd capture ./models/bert \"Some text\"
   When something is wrong:
@@ -76,6 +78,9 @@ enum Command {
     /// Explain what a model says by the parts of its input: gradients, differences, perturbation, attention
     #[command(after_help = attribute::EXAMPLES)]
     Attribute(attribute::AttributeArgs),
+    /// Train small models on hidden states, judge them, store them and score by them
+    #[command(after_help = probe::EXAMPLES)]
+    Probe(probe::ProbeArgs),
     /// List, load, unload and reload the models of a daemon
     #[command(after_help = models::EXAMPLES)]
     Models(models::ModelsArgs),
@@ -117,6 +122,7 @@ async fn run(command: &Command) -> Result<(), CliError> {
         Command::Inspect(args) => inspect::run(args).await,
         Command::Capture(args) => capture::run(args).await,
         Command::Attribute(args) => attribute::run(args).await,
+        Command::Probe(args) => probe::run(args).await,
         Command::Models(args) => models::run(args).await,
         Command::Tokenize(args) => text::tokenize(args).await,
         Command::Predict(args) => text::predict(args).await,

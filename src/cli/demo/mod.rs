@@ -2,6 +2,7 @@
 
 mod explained;
 mod head;
+mod layers;
 mod metrics;
 
 use std::{
@@ -75,7 +76,7 @@ pub(super) struct DemoArgs {
     /// Head of the attention map
     #[arg(long, value_name = "N", requires = "layer")]
     head: Option<usize>,
-    /// Folder to write attention.png, attention.html and attribution.html to
+    /// Folder to write attention.png, attention.html, attribution.html and layers.png to
     #[arg(long, value_name = "DIR", default_value = "introspectd-demo")]
     out: PathBuf,
     /// End when everything is shown; without it the daemon runs on until Ctrl-C
@@ -206,10 +207,22 @@ async fn show(args: &DemoArgs, local: &Local, began: Instant) -> Result<(), CliE
         ),
     );
     text.push_str(&explained.page());
+    let probe = layers::train(&session, NAME).await?;
+    section(
+        &mut text,
+        paint,
+        "Which layer knows? A probe for each, on texts that people rated",
+    );
+    text.push_str(&layers::page(&probe));
     section(&mut text, paint, "Hidden states");
     text.push_str(&hidden_states(&captured, &model)?);
     section(&mut text, paint, "Files");
-    text.push_str(&files(&args.out, &attention, &explained.html())?);
+    let pictures = Pictures {
+        attention: &attention,
+        explained: explained.html(),
+        layers: layers::png(&probe)?,
+    };
+    text.push_str(&files(&args.out, &pictures)?);
     if let Some(admin) = local.admin_address() {
         section(
             &mut text,
@@ -355,7 +368,15 @@ fn hidden_states(captured: &Captured, model: &Model) -> Result<String, CliError>
     ))
 }
 
-fn files(folder: &Path, attention: &Attention, explained: &str) -> Result<String, CliError> {
+/// What is drawn.
+struct Pictures<'a> {
+    attention: &'a Attention,
+    explained: String,
+    layers: Vec<u8>,
+}
+
+fn files(folder: &Path, pictures: &Pictures<'_>) -> Result<String, CliError> {
+    let attention = pictures.attention;
     fs::create_dir_all(folder).map_err(|e| {
         CliError::new(format!(
             "cannot make the folder \"{}\": {e}",
@@ -374,8 +395,13 @@ fn files(folder: &Path, attention: &Attention, explained: &str) -> Result<String
         ),
         (
             "attribution.html",
-            explained.as_bytes(),
+            pictures.explained.as_bytes(),
             "the text, coloured by integrated gradients",
+        ),
+        (
+            "layers.png",
+            &pictures.layers,
+            "what the probes know, by layer",
         ),
     ] {
         let path = folder.join(name);

@@ -6,6 +6,7 @@
 pub mod attribution;
 pub mod canvas;
 pub mod colour;
+pub mod curve;
 pub mod page;
 pub mod png;
 pub mod terminal;

@@ -1,0 +1,547 @@
+//! `probe`: probes are trained from a file, shown, scored, and moved about.
+
+pub(super) mod data;
+pub(super) mod show;
+pub(super) mod training;
+
+use std::{
+    fs,
+    io::{self, IsTerminal as _},
+    path::{Path, PathBuf},
+};
+
+use clap::{Args, Subcommand, ValueEnum};
+use serde_json::json;
+
+use super::{
+    client::{Session, Target},
+    error::CliError,
+    out,
+    picture::curve,
+};
+use crate::service::wire::introspect::{self as pb, probe_kind::Kind};
+
+pub(super) const EXAMPLES: &str = "\
+Examples:
+  Which layer knows the sentiment? One probe per layer, judged on what was held out:
+    introspectd probe train bert --data reviews.tsv --name sentiment
+  The same as a picture; a property that is a number; another kind, at some layers:
+    introspectd probe train bert --data reviews.tsv -o curve.html
+    introspectd probe train bert --data lengths.csv --numbers
+    introspectd probe train bert --data reviews.tsv --kind mlp --hooks 'blocks.*.hook_resid_post' --pooling cls
+  Labels of words: lines like {\"text\": \"a dog\", \"spans\": [{\"start\": 2, \"end\": 5, \"label\": \"noun\"}]}
+    introspectd probe train bert --data words.jsonl --name words
+  What does it say of a text, and of each token?
+    introspectd probe score bert sentiment \"Not bad at all.\" --per-token
+  Those that there are; to another daemon and back:
+    introspectd probe list
+    introspectd probe show bert sentiment
+    introspectd probe export bert sentiment --to ./sentiment
+    introspectd probe import bert sentiment --from ./sentiment
+    introspectd probe delete bert sentiment";
+
+/// Arguments of `probe`.
+#[derive(Args, Clone, Debug)]
+pub(super) struct ProbeArgs {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand, Clone, Debug)]
+enum What {
+    /// Train a probe per layer from labelled examples, and show how well each does
+    Train(Box<TrainArgs>),
+    /// Score a text by probes
+    Score(ScoreArgs),
+    /// The probes of a model, or of all models
+    List(ListArgs),
+    /// What is known of a probe
+    Show(ShowArgs),
+    /// Write a probe's files to a folder
+    Export(ExportArgs),
+    /// Bring a probe from such a folder
+    Import(ImportArgs),
+    /// Remove a probe
+    Delete(One),
+}
+
+#[derive(Args, Clone, Debug)]
+struct TrainArgs {
+    /// Name of the model, or its folder: a path with a `/`
+    model: String,
+    /// Labelled examples: .tsv or .csv with a heading, or .jsonl
+    #[arg(long, value_name = "FILE")]
+    data: PathBuf,
+    /// Column (or key) of the text
+    #[arg(long, value_name = "NAME", default_value = "text")]
+    text_column: String,
+    /// Column (or key) of the label
+    #[arg(long, value_name = "NAME", default_value = "label")]
+    label_column: String,
+    /// Column (or key) that says train or test, where there is one
+    #[arg(long, value_name = "NAME", default_value = "split")]
+    split_column: String,
+    /// Labels are numbers
+    #[arg(long)]
+    numbers: bool,
+    /// Store the probes under this name
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+    /// A probe of this name may be replaced
+    #[arg(long, requires = "name")]
+    replace: bool,
+    /// Hook points; all hidden states unless said
+    #[arg(long, value_name = "HOOK,...", value_delimiter = ',')]
+    hooks: Vec<String>,
+    /// How positions become one vector
+    #[arg(long, value_enum, default_value_t = Pooling::Mean)]
+    pooling: Pooling,
+    /// What is trained; logistic for classes and ridge for numbers unless said
+    #[arg(long, value_enum)]
+    kind: Option<KindName>,
+    /// Inverse strength of the penalty (logistic)
+    #[arg(long, value_name = "C")]
+    c: Option<f64>,
+    /// Choose C among these by cross-validation (logistic)
+    #[arg(long, value_name = "C,...", value_delimiter = ',')]
+    cross_validate: Vec<f64>,
+    /// Strength of the penalty (ridge, mlp)
+    #[arg(long, value_name = "ALPHA")]
+    alpha: Option<f64>,
+    /// Width of the hidden layer (mlp)
+    #[arg(long, value_name = "N")]
+    hidden: Option<u32>,
+    /// Part of the examples that is held out
+    #[arg(long, value_name = "PART", default_value_t = 0.2)]
+    test: f64,
+    /// Leave the control task out: half the time
+    #[arg(long)]
+    no_control: bool,
+    /// Online codelength, too
+    #[arg(long)]
+    codelength: bool,
+    /// Accuracy by number of examples, too (in the JSON)
+    #[arg(long)]
+    learning_curve: bool,
+    /// Where draws begin
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+    /// Write the curve to a file: .png, .html or .json
+    #[arg(long, short, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Print JSON in place of a table
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    target: Target,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+enum Pooling {
+    Mean,
+    Cls,
+    Last,
+    Max,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+#[value(rename_all = "snake_case")]
+enum KindName {
+    Logistic,
+    Ridge,
+    MeanDifference,
+    Pca,
+    Mlp,
+}
+
+#[derive(Args, Clone, Debug)]
+struct ScoreArgs {
+    /// Name of the model, or its folder: a path with a `/`
+    model: String,
+    /// Names of probes, separated by commas; NAME@HOOK for another hook point than the best
+    probes: String,
+    /// The text
+    text: String,
+    /// Scores of each token, too
+    #[arg(long)]
+    per_token: bool,
+    /// Take probes of a model with another fingerprint
+    #[arg(long)]
+    force: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    target: Target,
+}
+
+#[derive(Args, Clone, Debug)]
+struct ListArgs {
+    /// Name of the model, or its folder; all models unless said
+    model: Option<String>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    target: Target,
+}
+
+#[derive(Args, Clone, Debug)]
+struct One {
+    /// Name of the model, or its folder: a path with a `/`
+    model: String,
+    /// Name of the probe
+    name: String,
+    #[command(flatten)]
+    target: Target,
+}
+
+#[derive(Args, Clone, Debug)]
+struct ShowArgs {
+    #[command(flatten)]
+    one: One,
+    /// Write the curve to a file: .png, .html or .json
+    #[arg(long, short, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args, Clone, Debug)]
+struct ExportArgs {
+    #[command(flatten)]
+    one: One,
+    /// Folder to write to
+    #[arg(long, value_name = "DIR")]
+    to: PathBuf,
+}
+
+#[derive(Args, Clone, Debug)]
+struct ImportArgs {
+    #[command(flatten)]
+    one: One,
+    /// Folder with probe.json and a .safetensors
+    #[arg(long, value_name = "DIR")]
+    from: PathBuf,
+    /// Take a probe of a model with another fingerprint
+    #[arg(long)]
+    force: bool,
+    /// A probe of this name may be replaced
+    #[arg(long)]
+    replace: bool,
+}
+
+/// Runs the command.
+pub(super) async fn run(args: &ProbeArgs) -> Result<(), CliError> {
+    match &args.what {
+        What::Train(args) => train(args).await,
+        What::Score(args) => score(args).await,
+        What::List(args) => list(args).await,
+        What::Show(args) => {
+            let (session, request) = one(&args.one).await?;
+            let (model, name) = request;
+            let answer = session
+                .probes()
+                .get_probe(pb::GetProbeRequest { model, name })
+                .await;
+            session.close().await;
+            let probe = answer?.into_inner().probe.unwrap_or_default();
+            told(&probe, args.output.as_deref(), args.json)
+        }
+        What::Export(args) => export(args).await,
+        What::Import(args) => import(args).await,
+        What::Delete(args) => {
+            let (session, (model, name)) = one(args).await?;
+            let request = pb::DeleteProbeRequest { model, name };
+            let answer = session.probes().delete_probe(request).await;
+            session.close().await;
+            answer?;
+            out::print(&format!("probe {} is gone\n", out::clean(&args.name)))
+        }
+    }
+}
+
+async fn one(args: &One) -> Result<(Session, (String, String)), CliError> {
+    let (session, model) = Session::for_model(&args.target, &args.model).await?;
+    Ok((session, (model, args.name.clone())))
+}
+
+async fn train(args: &TrainArgs) -> Result<(), CliError> {
+    if let Some(path) = &args.output {
+        ending(path)?;
+    }
+    let kind = kind(args)?;
+    let columns = data::Columns {
+        text: args.text_column.clone(),
+        label: args.label_column.clone(),
+        part: args.split_column.clone(),
+        numbers: args.numbers,
+    };
+    let examples = data::read(&args.data, &columns)?;
+    let (session, model) = Session::for_model(&args.target, &args.model).await?;
+    let header = pb::TrainHeader {
+        model,
+        name: args.name.clone().unwrap_or_default(),
+        hooks: args.hooks.clone(),
+        pooling: match args.pooling {
+            Pooling::Mean => pb::Pooling::Mean,
+            Pooling::Cls => pb::Pooling::Cls,
+            Pooling::Last => pb::Pooling::Last,
+            Pooling::Max => pb::Pooling::Max,
+        }
+        .into(),
+        kind,
+        seed: args.seed,
+        test_fraction: args.test,
+        skip_control: args.no_control,
+        codelength: args.codelength,
+        learning_curve: args.learning_curve,
+        replace: args.replace,
+        ..pb::TrainHeader::default()
+    };
+    let bar = training::progress(io::stderr().is_terminal());
+    let trained = training::train(session.probes(), header, examples, &bar).await;
+    session.close().await;
+    let result = trained?;
+    let probe = result.probe.unwrap_or_default();
+    told(&probe, args.output.as_deref(), args.json)?;
+    if result.stored {
+        out::warn(&format!("stored as {}\n", out::clean(&probe.name)));
+    }
+    Ok(())
+}
+
+/// The kind with its options; those that it does not have are refused.
+fn kind(args: &TrainArgs) -> Result<Option<pb::ProbeKind>, CliError> {
+    let name = args.kind.unwrap_or(if args.numbers {
+        KindName::Ridge
+    } else {
+        KindName::Logistic
+    });
+    let given = [
+        ("--c", args.c.is_some(), &[KindName::Logistic][..]),
+        (
+            "--cross-validate",
+            !args.cross_validate.is_empty(),
+            &[KindName::Logistic],
+        ),
+        (
+            "--alpha",
+            args.alpha.is_some(),
+            &[KindName::Ridge, KindName::Mlp],
+        ),
+        ("--hidden", args.hidden.is_some(), &[KindName::Mlp]),
+    ];
+    if let Some((option, ..)) = given
+        .iter()
+        .find(|(_, given, of)| *given && !of.contains(&name))
+    {
+        return Err(CliError::Usage(format!(
+            "\"{option}\" is no option of this kind of probe"
+        )));
+    }
+    let alpha = args.alpha.unwrap_or(0.0);
+    let kind = match name {
+        KindName::Logistic => Kind::Logistic(pb::Logistic {
+            c: args.c.unwrap_or(0.0),
+            cross_validate: args.cross_validate.clone(),
+        }),
+        KindName::Ridge => Kind::Ridge(pb::Ridge { alpha }),
+        KindName::MeanDifference => Kind::MeanDifference(pb::MeanDifference {}),
+        KindName::Pca => Kind::Pca(pb::Pca {}),
+        KindName::Mlp => Kind::Mlp(pb::Mlp {
+            hidden: args.hidden.unwrap_or(0),
+            alpha,
+        }),
+    };
+    // Labels of tokens are classes, so that logistic regression is right for them, too.
+    Ok(Some(pb::ProbeKind { kind: Some(kind) }))
+}
+
+#[derive(Clone, Copy)]
+enum Ending {
+    Png,
+    Html,
+    Json,
+}
+
+fn ending(path: &Path) -> Result<Ending, CliError> {
+    match path.extension().and_then(|e| e.to_str()) {
+        Some("png") => Ok(Ending::Png),
+        Some("html" | "htm") => Ok(Ending::Html),
+        Some("json") => Ok(Ending::Json),
+        Some(_) | None => Err(CliError::Usage(format!(
+            "\"{}\" ends in none of .png, .html and .json",
+            path.display()
+        ))),
+    }
+}
+
+fn told(probe: &pb::Probe, output: Option<&Path>, json: bool) -> Result<(), CliError> {
+    if let Some(path) = output {
+        let curve = show::curve(probe);
+        let bytes = match ending(path)? {
+            Ending::Png => curve::png(&curve).map_err(|e| CliError::new(e.to_string()))?,
+            Ending::Html => curve::html(&curve).into_bytes(),
+            Ending::Json => format!("{}\n", show::json(probe)).into_bytes(),
+        };
+        out::write_file(path, &bytes)?;
+        out::warn(&format!(
+            "{} ({})\n",
+            path.display(),
+            out::bytes(bytes.len() as u64)
+        ));
+        return Ok(());
+    }
+    if json {
+        return out::print_json(&show::json(probe));
+    }
+    out::print(&show::layers(probe))
+}
+
+async fn score(args: &ScoreArgs) -> Result<(), CliError> {
+    let (session, model) = Session::for_model(&args.target, &args.model).await?;
+    let probes = args.probes.split(',').map(|named| {
+        let (name, hook) = named.split_once('@').unwrap_or((named, ""));
+        pb::ProbeReference {
+            name: name.to_owned(),
+            hook: hook.to_owned(),
+            force: args.force,
+        }
+    });
+    let request = pb::ScoreRequest {
+        model,
+        probes: probes.collect(),
+        of: Some(pb::score_request::Of::Input(pb::Input {
+            kind: Some(pb::input::Kind::Text(pb::Text {
+                text: args.text.clone(),
+                ..pb::Text::default()
+            })),
+        })),
+        per_token: args.per_token,
+        predict: false,
+    };
+    let answer = session.probes().score(request).await;
+    session.close().await;
+    let answer = answer?.into_inner();
+    if args.json {
+        return out::print_json(&show::scores_json(&answer));
+    }
+    out::print(&show::scores(&answer))
+}
+
+async fn list(args: &ListArgs) -> Result<(), CliError> {
+    let (session, model) = match &args.model {
+        Some(model) => Session::for_model(&args.target, model).await?,
+        None => (Session::remote(&args.target).await?, String::new()),
+    };
+    let answer = session
+        .probes()
+        .list_probes(pb::ListProbesRequest { model })
+        .await;
+    session.close().await;
+    let answer = answer?.into_inner();
+    if args.json {
+        let probes: Vec<_> = answer.probes.iter().map(show::json).collect();
+        let broken = answer.broken.iter();
+        let broken: Vec<_> = broken
+            .map(|b| json!({ "model": b.model, "name": b.name, "error": b.error }))
+            .collect();
+        return out::print_json(&json!({ "probes": probes, "broken": broken }));
+    }
+    if answer.probes.is_empty() && answer.broken.is_empty() {
+        return out::print("there are no probes yet: `introspectd probe train` makes some\n");
+    }
+    let probes = answer.probes.iter().map(|p| {
+        let of = if p.labels.is_empty() {
+            "numbers".to_owned()
+        } else {
+            p.labels.join(", ")
+        };
+        vec![
+            p.model.clone(),
+            p.name.clone(),
+            p.kind.clone(),
+            of,
+            p.best.clone(),
+            p.train_examples.to_string(),
+        ]
+    });
+    let broken = answer.broken.iter().map(|b| {
+        let mut row = vec![
+            b.model.clone(),
+            b.name.clone(),
+            "broken".to_owned(),
+            b.error.clone(),
+        ];
+        row.resize(6, String::new());
+        row
+    });
+    let heading = [
+        "model",
+        "probe",
+        "kind",
+        "of",
+        "best hook point",
+        "examples",
+    ];
+    out::print(&out::table(&heading, probes.chain(broken)))
+}
+
+/// Names of the files of a probe in a folder.
+const DESCRIPTION: &str = "probe.json";
+const TENSORS: &str = "probe.safetensors";
+
+async fn export(args: &ExportArgs) -> Result<(), CliError> {
+    let (session, (model, name)) = one(&args.one).await?;
+    let request = pb::ExportProbeRequest { model, name };
+    let answer = session.probes().export_probe(request).await;
+    session.close().await;
+    let files = answer?.into_inner().files.unwrap_or_default();
+    fs::create_dir_all(&args.to)
+        .map_err(|e| CliError::new(format!("cannot make \"{}\": {e}", args.to.display())))?;
+    for (name, bytes) in [(DESCRIPTION, &files.description), (TENSORS, &files.tensors)] {
+        let path = args.to.join(name);
+        out::write_file(&path, bytes)?;
+        out::warn(&format!(
+            "{} ({})\n",
+            path.display(),
+            out::bytes(bytes.len() as u64)
+        ));
+    }
+    Ok(())
+}
+
+async fn import(args: &ImportArgs) -> Result<(), CliError> {
+    let read = |path: &Path| {
+        fs::read(path)
+            .map_err(|e| CliError::new(format!("cannot read \"{}\": {e}", path.display())))
+    };
+    let description = read(&args.from.join(DESCRIPTION))?;
+    let tensors = fs::read_dir(&args.from)
+        .map_err(|e| CliError::new(format!("cannot read \"{}\": {e}", args.from.display())))?
+        .filter_map(|e| Some(e.ok()?.path()))
+        .find(|p| p.extension().is_some_and(|e| e == "safetensors"));
+    let Some(tensors) = tensors else {
+        return Err(CliError::new(format!(
+            "there is no .safetensors in \"{}\"",
+            args.from.display()
+        )));
+    };
+    let (session, (model, name)) = one(&args.one).await?;
+    let request = pb::ImportProbeRequest {
+        model,
+        name,
+        from: Some(pb::import_probe_request::From::Files(pb::ProbeFiles {
+            description: description.into(),
+            tensors: read(&tensors)?.into(),
+        })),
+        force: args.force,
+        replace: args.replace,
+    };
+    let answer = session.probes().import_probe(request).await;
+    session.close().await;
+    answer?;
+    out::print(&format!("probe {} is stored\n", out::clean(&args.one.name)))
+}

@@ -1,0 +1,239 @@
+//! Probes on the terminal, as JSON, and as a curve.
+
+use serde_json::{Value, json};
+
+use crate::{
+    cli::{
+        out,
+        picture::curve::{Curve, Point},
+    },
+    service::wire::introspect as pb,
+};
+
+/// Characters of the longest bar.
+const BAR: f64 = 24.0;
+
+/// A line for each hook point, the best marked.
+pub(in crate::cli) fn layers(probe: &pb::Probe) -> String {
+    let numbers = probe.labels.is_empty();
+    let rows = probe.reports.iter().map(|report| {
+        let point = point(report);
+        let best = if report.hook == probe.best { "*" } else { "" };
+        let number = |v: Option<f64>| v.map_or(String::new(), |v| format!("{v:.3}"));
+        let (more, selectivity) = match (&report.classes, &report.numbers) {
+            (Some(m), _) => (number(m.auc.or(Some(m.macro_f1))), number(m.selectivity)),
+            (None, Some(m)) => (number(Some(m.spearman)), number(m.selectivity)),
+            (None, None) => (String::new(), String::new()),
+        };
+        let interval = point
+            .interval
+            .map_or(String::new(), |(low, high)| format!("{low:.3}-{high:.3}"));
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // 0 to BAR
+        let length = (point.value.clamp(0.0, 1.0) * BAR).round() as usize;
+        vec![
+            format!("{}{best}", report.hook),
+            format!("{:.3}", point.value),
+            interval,
+            more,
+            number(point.control),
+            selectivity,
+            "█".repeat(length),
+        ]
+    });
+    let two = probe.labels.len() == 2;
+    let measure = if numbers { "R2" } else { "accuracy" };
+    let more = match (numbers, two) {
+        (true, _) => "spearman",
+        (false, true) => "AUC",
+        (false, false) => "macro F1",
+    };
+    let heading = [
+        "hook point",
+        measure,
+        "95 %",
+        more,
+        "control",
+        "selectivity",
+        "",
+    ];
+    let mut text = out::table(&heading, rows);
+    let chance = chance(probe).map_or(String::new(), |c| {
+        format!(", {c:.3} by the commonest class")
+    });
+    text.push_str(&format!(
+        "  {} on {} examples, judged by {}{chance}; * is scored unless another is named\n",
+        probe.kind, probe.train_examples, probe.test_examples
+    ));
+    for report in &probe.reports {
+        for note in &report.notes {
+            text.push_str(&format!("  {}: {}\n", report.hook, out::clean(note)));
+        }
+    }
+    text
+}
+
+/// Accuracy of guessing.
+fn chance(probe: &pb::Probe) -> Option<f64> {
+    probe.reports.first()?.classes.as_ref().map(|m| m.majority)
+}
+
+fn point(report: &pb::ProbeReport) -> Point {
+    let label = report.hook.replace("hidden_states.", "");
+    match (&report.classes, &report.numbers) {
+        (Some(m), _) => Point {
+            label,
+            value: m.accuracy,
+            interval: Some((m.accuracy_low, m.accuracy_high)),
+            control: m.control_accuracy,
+        },
+        (None, Some(m)) => Point {
+            label,
+            value: m.r_squared,
+            interval: None,
+            control: m.control_r_squared,
+        },
+        (None, None) => Point {
+            label,
+            ..Point::default()
+        },
+    }
+}
+
+/// All layers as a curve.
+pub(in crate::cli) fn curve(probe: &pb::Probe) -> Curve {
+    let name = if probe.name.is_empty() {
+        &probe.kind
+    } else {
+        &probe.name
+    };
+    Curve {
+        title: out::clean(&format!("{}: {name}", probe.model)),
+        measure: if probe.labels.is_empty() {
+            "R squared".to_owned()
+        } else {
+            "accuracy".to_owned()
+        },
+        chance: chance(probe),
+        points: probe.reports.iter().map(point).collect(),
+    }
+}
+
+/// What is known of a probe.
+pub(in crate::cli) fn json(probe: &pb::Probe) -> Value {
+    json!({
+        "name": probe.name,
+        "model": probe.model,
+        "fingerprint": probe.fingerprint,
+        "kind": probe.kind,
+        "labels": probe.labels,
+        "best": probe.best,
+        "train_examples": probe.train_examples,
+        "test_examples": probe.test_examples,
+        "split": probe.split,
+        "seed": probe.seed,
+        "created": probe.created,
+        "reports": probe.reports.iter().map(report).collect::<Vec<_>>(),
+    })
+}
+
+fn report(report: &pb::ProbeReport) -> Value {
+    let mut told = json!({
+        "hook": report.hook,
+        "layer": report.layer,
+        "iterations": report.iterations,
+        "converged": report.converged,
+        "chosen_c": report.chosen_c,
+        "seconds": report.seconds,
+        "notes": report.notes,
+    });
+    if let Some(m) = &report.classes {
+        told["accuracy"] = m.accuracy.into();
+        told["accuracy_interval"] = json!([m.accuracy_low, m.accuracy_high]);
+        told["macro_f1"] = m.macro_f1.into();
+        told["auc"] = m.auc.into();
+        told["majority"] = m.majority.into();
+        told["control_accuracy"] = m.control_accuracy.into();
+        told["selectivity"] = m.selectivity.into();
+        told["calibration_error"] = m.calibration_error.into();
+        told["confusion"] = json!(m.confusion);
+        told["codelength_bits"] = m.codelength_bits.into();
+        told["compression"] = m.compression.into();
+        told["learning_curve"] = m
+            .learning_curve
+            .iter()
+            .map(|p| json!([p.examples, p.accuracy]))
+            .collect();
+        told["train_accuracy"] = m.train_accuracy.into();
+    }
+    if let Some(m) = &report.numbers {
+        told["r_squared"] = m.r_squared.into();
+        told["mean_squared_error"] = m.mean_squared_error.into();
+        told["spearman"] = m.spearman.into();
+        told["control_r_squared"] = m.control_r_squared.into();
+        told["selectivity"] = m.selectivity.into();
+        told["train_r_squared"] = m.train_r_squared.into();
+    }
+    told
+}
+
+/// What probes say of a text.
+pub(in crate::cli) fn scores(answer: &pb::ScoreResponse) -> String {
+    let mut rows = Vec::new();
+    for scores in &answer.scores {
+        let row = |text: String, says: &pb::ProbeScore| {
+            let number = |v: Option<f32>| v.map_or(String::new(), |v| format!("{v:.3}"));
+            let sure = says.probabilities.iter().copied().reduce(f32::max);
+            vec![
+                scores.name.clone(),
+                scores.hook.clone(),
+                text,
+                says.label.clone(),
+                number(sure),
+                number(says.values.first().copied()),
+                number(says.projection),
+            ]
+        };
+        if let Some(says) = &scores.input {
+            rows.push(row("(all)".to_owned(), says));
+        }
+        for (at, says) in scores.tokens.iter().enumerate() {
+            let text = answer
+                .tokens
+                .get(at)
+                .map_or_else(|| at.to_string(), |t| t.text.clone());
+            rows.push(row(text, says));
+        }
+    }
+    let heading = [
+        "probe",
+        "hook point",
+        "of",
+        "class",
+        "probability",
+        "value",
+        "projection",
+    ];
+    out::table(&heading, rows)
+}
+
+/// The same as JSON.
+pub(in crate::cli) fn scores_json(answer: &pb::ScoreResponse) -> Value {
+    let says = |s: &pb::ProbeScore| {
+        json!({
+            "label": s.label, "probabilities": s.probabilities, "values": s.values,
+            "margin": s.margin, "projection": s.projection,
+        })
+    };
+    let tokens: Vec<&String> = answer.tokens.iter().map(|t| &t.text).collect();
+    let scores: Vec<Value> = answer
+        .scores
+        .iter()
+        .map(|s| {
+            json!({
+                "name": s.name, "hook": s.hook, "input": s.input.as_ref().map(says),
+                "tokens": s.tokens.iter().map(says).collect::<Vec<_>>(),
+            })
+        })
+        .collect();
+    json!({ "tokens": tokens, "scores": scores })
+}

@@ -1,0 +1,63 @@
+//! A training, seen from the client: examples out, reports in.
+
+use futures::stream;
+use indicatif::{ProgressBar, ProgressStyle};
+use tonic::transport::Channel;
+
+use crate::{
+    cli::error::CliError,
+    service::wire::introspect::{
+        self as pb, probe_service_client::ProbeServiceClient, train_request::Item as Asked,
+        train_response::Item,
+    },
+};
+
+/// Sends a training and hears it to its end.
+pub(in crate::cli) async fn train(
+    mut client: ProbeServiceClient<Channel>,
+    header: pb::TrainHeader,
+    examples: Vec<pb::Example>,
+    bar: &ProgressBar,
+) -> Result<pb::TrainResult, CliError> {
+    let count = examples.len() as u64;
+    bar.set_length(count);
+    let items =
+        std::iter::once(Asked::Header(header)).chain(examples.into_iter().map(Asked::Example));
+    let requests = stream::iter(items.map(|item| pb::TrainRequest { item: Some(item) }));
+    let mut answer = client.train(requests).await?.into_inner();
+    let (mut result, mut ended) = (None, false);
+    while let Some(message) = answer.message().await? {
+        match message.item {
+            Some(Item::Progress(p)) => {
+                bar.set_position(p.examples_run);
+                if p.examples_run == count {
+                    bar.set_message(format!("{} of {} hook points", p.hooks_done, p.hooks));
+                }
+            }
+            Some(Item::Report(r)) => bar.set_message(r.hook),
+            Some(Item::Result(r)) => result = Some(r),
+            Some(Item::Summary(_)) => ended = true,
+            None => {}
+        }
+    }
+    bar.finish_and_clear();
+    match (result, ended) {
+        (Some(result), true) => Ok(result),
+        _ => Err(CliError::new(
+            "the daemon ended its answer before it was complete: try again",
+        )),
+    }
+}
+
+/// A bar for examples, where somebody looks.
+pub(in crate::cli) fn progress(visible: bool) -> ProgressBar {
+    if !visible {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::new(0);
+    if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos}/{len} examples {per_sec} {msg}")
+    {
+        bar.set_style(style);
+    }
+    bar
+}

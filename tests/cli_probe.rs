@@ -1,0 +1,169 @@
+//! `probe`: trained from files, shown, scored, moved about, without a daemon.
+
+mod cli_support;
+
+use cli_support::{fixture, run};
+use serde_json::Value;
+
+/// A repository with one model, and a file of examples.
+struct Place {
+    folder: tempfile::TempDir,
+    model: String,
+}
+
+impl Place {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let model = folder.path().join("models/bert");
+        std::fs::create_dir_all(&model).unwrap();
+        for entry in std::fs::read_dir(fixture("bert.legacy14")).unwrap() {
+            let entry = entry.unwrap();
+            std::fs::copy(entry.path(), model.join(entry.file_name())).unwrap();
+        }
+        let model = model.display().to_string();
+        Self { folder, model }
+    }
+
+    fn file(&self, name: &str, content: &str) -> String {
+        let path = self.folder.path().join(name);
+        std::fs::write(&path, content).unwrap();
+        path.display().to_string()
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.folder.path().join(name).display().to_string()
+    }
+
+    /// Texts that begin with one of two words.
+    fn examples(&self) -> String {
+        let lines: String = (0..60)
+            .map(|i| {
+                let (word, label) = if i % 2 == 0 {
+                    ("the", "yes")
+                } else {
+                    ("a", "no")
+                };
+                format!(
+                    "{word} story {} of it {}\t{label}\n",
+                    ["a", "in", "of"][i % 3],
+                    i % 7
+                )
+            })
+            .collect();
+        self.file("words.tsv", &format!("text\tlabel\n{lines}"))
+    }
+}
+
+#[test]
+fn a_probe_goes_from_a_file_to_scores_and_pictures() {
+    let place = Place::new();
+    let data = place.examples();
+    let model = place.model.as_str();
+    let trained = run(&[
+        "probe",
+        "train",
+        model,
+        "--data",
+        &data,
+        "--name",
+        "first",
+        "--pooling",
+        "cls",
+        "--json",
+    ])
+    .ok();
+    let told: Value = serde_json::from_str(&trained.out).unwrap();
+    assert_eq!(told["labels"], serde_json::json!(["no", "yes"]));
+    assert_eq!(told["train_examples"], 48);
+    assert!(trained.err.contains("stored as first"), "{}", trained.err);
+    let table = run(&["probe", "show", model, "first"]).ok().out;
+    for part in ["HOOK POINT", "SELECTIVITY", "logistic on 48 examples", "*"] {
+        assert!(table.contains(part), "{part}: {table}");
+    }
+    for (name, begins) in [
+        ("curve.png", &b"\x89PNG"[..]),
+        ("curve.html", b"<!doctype html>"),
+    ] {
+        let path = place.path(name);
+        run(&["probe", "show", model, "first", "-o", &path]).ok();
+        assert!(std::fs::read(path).unwrap().starts_with(begins), "{name}");
+    }
+    let scored = run(&[
+        "probe",
+        "score",
+        model,
+        "first,first@hidden_states.1",
+        "the story of it",
+        "--json",
+    ])
+    .ok();
+    let scored: Value = serde_json::from_str(&scored.out).unwrap();
+    assert_eq!(scored["scores"][1]["hook"], "blocks.1.hook_resid_pre");
+    assert!(scored["scores"][0]["input"]["label"].is_string());
+    let page = run(&[
+        "probe",
+        "score",
+        model,
+        "first",
+        "the story of it",
+        "--per-token",
+    ])
+    .ok()
+    .out;
+    assert!(
+        page.contains("(all)") && page.contains("PROBABILITY"),
+        "{page}"
+    );
+
+    let out = place.path("exported");
+    run(&["probe", "export", model, "first", "--to", &out]).ok();
+    run(&["probe", "import", model, "second", "--from", &out]).ok();
+    let listed = run(&["probe", "list", model]).ok().out;
+    assert!(
+        listed.contains("first") && listed.contains("second"),
+        "{listed}"
+    );
+    run(&["probe", "import", model, "second", "--from", &out]).failed(1, "already");
+    run(&["probe", "delete", model, "second"]).ok();
+    run(&["probe", "delete", model, "second"]).failed(1, "there is no probe \"second\"");
+}
+
+#[test]
+fn mistakes_are_named() {
+    let place = Place::new();
+    let data = place.examples();
+    let model = place.model.as_str();
+    let strange = place.file("data.txt", "text\n");
+    let empty = place.file("empty.csv", "text,label\n");
+    let broken = place.file(
+        "broken.jsonl",
+        "{\"text\": \"a\", \"label\": \"x\"}\n{\"text\": 3}\n",
+    );
+    for (args, code, part) in [
+        (vec!["--data", "/nowhere.tsv"], 1, "cannot read"),
+        (vec!["--data", &strange], 2, ".tsv, .csv and .jsonl"),
+        (vec!["--data", &empty], 1, "no examples"),
+        (vec!["--data", &broken], 1, "line 2"),
+        (
+            vec!["--data", &data, "--label-column", "mood"],
+            1,
+            "--label-column",
+        ),
+        (vec!["--data", &data, "--kind", "pca", "--c", "2"], 2, "--c"),
+        (
+            vec!["--data", &data, "-o", "curve.gif"],
+            2,
+            ".png, .html and .json",
+        ),
+        (
+            vec!["--data", &data, "--hooks", "pattern"],
+            1,
+            "header.hooks",
+        ),
+        (vec!["--data", &data, "--numbers"], 1, "is no number"),
+    ] {
+        let all = [&["probe", "train", model][..], &args].concat();
+        run(&all).failed(code, part);
+    }
+    run(&["probe", "score", model, "nothing", "a"]).failed(1, "there is no probe \"nothing\"");
+}
