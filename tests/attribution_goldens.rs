@@ -2,12 +2,14 @@
 //! What each array holds is in `tests/fixtures/README.md`.
 #![allow(clippy::wildcard_enum_match_arm)] // a test names what it expects; anything else is a failure
 
+#[path = "support/arrays.rs"]
+mod arrays;
 #[path = "support/attribution.rs"]
 mod attribution;
 #[path = "support/daemon.rs"]
 mod daemon;
 
-use std::{collections::BTreeMap, fs::File, path::Path};
+use std::collections::BTreeMap;
 
 use attribution::{Explained, about, against, choice, distance, explain};
 use daemon::TestDaemon;
@@ -22,7 +24,6 @@ use introspectd::{
     service::wire::introspect::{self as pb, method::Kind},
 };
 use ndarray::ArrayD;
-use ndarray_npy::NpzReader;
 
 /// Gradients against PyTorch.
 const GRADIENT: f64 = 1e-4;
@@ -38,30 +39,7 @@ struct Golden(BTreeMap<String, ArrayD<f64>>);
 
 impl Golden {
     fn read(name: &str) -> Self {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("tests/fixtures/attribution")
-            .join(format!("{name}.npz"));
-        let mut file = NpzReader::new(File::open(path).unwrap()).unwrap();
-        let names = file.names().unwrap();
-        let mut arrays = BTreeMap::new();
-        for name in names {
-            let read = file
-                .by_name::<ndarray::OwnedRepr<f64>, ndarray::IxDyn>(&name)
-                .or_else(|_| {
-                    let single = file.by_name::<ndarray::OwnedRepr<f32>, ndarray::IxDyn>(&name);
-                    single.map(|a| a.mapv(f64::from))
-                })
-                .or_else(|_| {
-                    let whole = file.by_name::<ndarray::OwnedRepr<i64>, ndarray::IxDyn>(&name);
-                    whole.map(|a| a.mapv(|v| v as f64))
-                })
-                .or_else(|_| {
-                    let bits = file.by_name::<ndarray::OwnedRepr<u8>, ndarray::IxDyn>(&name);
-                    bits.map(|a| a.mapv(f64::from))
-                });
-            arrays.insert(name.trim_end_matches(".npy").to_owned(), read.unwrap());
-        }
-        Self(arrays)
+        Self(arrays::read(&format!("attribution/{name}.npz")))
     }
 
     fn array(&self, name: &str) -> &ArrayD<f64> {

@@ -1,13 +1,15 @@
 //! Probes against scikit-learn, on the same vectors and the same split. What each array holds is in `tests/fixtures/make/probes.py`.
 
-use std::{collections::BTreeMap, fs::File, path::Path};
+#[path = "support/arrays.rs"]
+mod arrays;
+
+use std::collections::BTreeMap;
 
 use introspectd::methods::probe::{
     fit::{Fitted, How, Targets, fit},
     judge::{Judgement, Split, judge},
 };
 use ndarray::{Array1, Array2, ArrayD, Axis, Ix1, Ix2, s};
-use ndarray_npy::NpzReader;
 
 /// Coefficients by another optimiser, relative to the greatest.
 const COEFFICIENTS: f64 = 1e-3;
@@ -20,23 +22,7 @@ struct Golden(BTreeMap<String, ArrayD<f64>>);
 
 impl Golden {
     fn read() -> Self {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/probes/scikit.npz");
-        let mut file = NpzReader::new(File::open(path).unwrap()).unwrap();
-        let mut arrays = BTreeMap::new();
-        for name in file.names().unwrap() {
-            let array = file
-                .by_name::<ndarray::OwnedRepr<f64>, ndarray::IxDyn>(&name)
-                .or_else(|_| {
-                    let single = file.by_name::<ndarray::OwnedRepr<f32>, ndarray::IxDyn>(&name);
-                    single.map(|a| a.mapv(f64::from))
-                })
-                .or_else(|_| {
-                    let whole = file.by_name::<ndarray::OwnedRepr<i64>, ndarray::IxDyn>(&name);
-                    whole.map(|a| a.mapv(|v| v as f64))
-                });
-            arrays.insert(name.trim_end_matches(".npy").to_owned(), array.unwrap());
-        }
-        Self(arrays)
+        Self(arrays::read("probes/scikit.npz"))
     }
 
     fn matrix(&self, name: &str) -> Array2<f64> {

@@ -242,8 +242,6 @@ async fn sensitivity(
     };
     let size = Site::open(&mut run.subject, site).await?.x.len();
     let mut draws = Draws::new(run.seed);
-    let length = |v: &[f64]| v.iter().map(|x| x * x).sum::<f64>().sqrt();
-    let own = length(&attributed.scores).max(f64::MIN_POSITIVE);
     let mut greatest = 0.0f64;
     for _ in 0..samples {
         #[allow(clippy::cast_possible_truncation)] // noise needs no more
@@ -253,15 +251,17 @@ async fn sensitivity(
         run.subject.nudge = Some(nudge);
         let moved = explain(method, run).await;
         run.subject.nudge = None;
-        let away: Vec<f64> = moved?
-            .scores
-            .iter()
-            .zip(&attributed.scores)
-            .map(|(a, b)| a - b)
-            .collect();
-        greatest = greatest.max(length(&away) / own);
+        greatest = greatest.max(sensitivity_of(&attributed.scores, &moved?.scores));
     }
     Ok(greatest)
+}
+
+/// How far an explanation moved: `||attr(x~) - attr(x)|| / ||attr(x)||` (Yeh et al. 2019).
+pub fn sensitivity_of(own: &[f64], moved: &[f64]) -> f64 {
+    let length =
+        |squares: &mut dyn Iterator<Item = f64>| squares.map(|v| v * v).sum::<f64>().sqrt();
+    let away = length(&mut moved.iter().zip(own).map(|(a, b)| a - b));
+    away / length(&mut own.iter().copied()).max(f64::MIN_POSITIVE)
 }
 
 /// Ranks, the mean of those of equal values.
