@@ -79,7 +79,7 @@ def _():
 
 @check("a client stops long work and keeps the last partial answer")
 def _():
-    long = pb.Method(shapley_sampling=pb.ShapleySampling(permutations=20000))
+    long = pb.Method(shapley_sampling=pb.ShapleySampling(permutations=4000))
     call = service.Attribute(asked(text=" ".join([TEXT] * 8), method=long))
     header = last = None
     for message in call:
