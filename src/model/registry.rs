@@ -145,8 +145,7 @@ impl Registry {
     /// # Errors
     /// [`EngineError::NotFound`].
     pub fn folder(&self, name: &str) -> Result<PathBuf, EngineError> {
-        let found = self.shared.repository.find(name);
-        found.ok().flatten().map(|f| f.folder).ok_or_else(|| {
+        self.shared.repository.folder(name).ok_or_else(|| {
             EngineError::not_found(format!("there is no model \"{name}\" in the repository"))
         })
     }

@@ -136,8 +136,18 @@ impl Repository {
         Ok(None)
     }
 
-    fn look(&self, name: &str, path: &Path) -> Result<Found, String> {
-        check_name(name)?;
+    /// The folder of a model, whatever is in it; its files are not looked at.
+    pub fn folder(&self, name: &str) -> Option<PathBuf> {
+        check_name(name).ok()?;
+        [name.to_owned(), format!("{HUB_PREFIX}{name}")]
+            .into_iter()
+            .map(|folder| self.root.join(folder))
+            .find(|path| path.is_dir())
+            .and_then(|path| self.within(&path).ok())
+    }
+
+    /// Where the files of a folder are, without links.
+    fn within(&self, path: &Path) -> Result<PathBuf, String> {
         let folder = match path.file_name().and_then(|n| n.to_str()) {
             Some(file_name) if file_name.starts_with(HUB_PREFIX) => snapshot(path)?,
             Some(_) | None => path.to_owned(),
@@ -147,6 +157,12 @@ impl Repository {
         if !folder.starts_with(&self.root) {
             return Err("the folder is a link that leads out of the repository".into());
         }
+        Ok(folder)
+    }
+
+    fn look(&self, name: &str, path: &Path) -> Result<Found, String> {
+        check_name(name)?;
+        let folder = self.within(path)?;
         let mut files = Vec::new();
         list(&folder, Path::new(""), &mut files)
             .map_err(|e| format!("the folder cannot be read: {}", e.kind()))?;

@@ -114,7 +114,7 @@ pub(super) struct State {
     pub(super) registry: Registry,
     pub(super) config: Config,
     pub(super) statistics: Statistics,
-    pub(super) probes: Probes,
+    pub(super) probes: Arc<Probes>,
     ready: watch::Receiver<bool>,
 }
 
@@ -163,7 +163,7 @@ impl Daemon {
         let state = Arc::new(State {
             registry: registry.clone(),
             statistics: Statistics::default(),
-            probes: Probes::new(config.probes.clone()),
+            probes: Arc::new(Probes::new(config.probes.clone())),
             ready: readiness.clone(),
             config: config.clone(),
         });

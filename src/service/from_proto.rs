@@ -174,7 +174,7 @@ fn selection(s: pb::Selection) -> Result<Selection> {
         ));
     }
     Ok(Selection {
-        pooling: pooling(s.pooling)?,
+        pooling: pooling(s.pooling, "selection.pooling")?,
         dtype: float(s.dtype)?,
         logits: logits(s.logits)?,
         candidates: or(s.candidates, DEFAULT_CANDIDATES) as usize,
@@ -220,8 +220,9 @@ fn sparse(s: pb::SparseAttention) -> Result<Keep> {
     })
 }
 
-fn pooling(value: i32) -> Result<Option<Pooling>> {
-    let known = pb::Pooling::try_from(value).map_err(|_| unknown("selection.pooling", value))?;
+/// How positions become one vector, if at all.
+pub(super) fn pooling(value: i32, field: &str) -> Result<Option<Pooling>> {
+    let known = pb::Pooling::try_from(value).map_err(|_| unknown(field, value))?;
     Ok(match known {
         pb::Pooling::Unspecified => None,
         pb::Pooling::Mean => Some(Pooling::Mean),
@@ -286,6 +287,7 @@ pub(super) fn unknown(field: &str, value: i32) -> EngineError {
     EngineError::invalid(field, format!("{value} is no value of this enum"))
 }
 
-fn or(given: u32, default: u32) -> u32 {
+/// What is given, or the default for 0.
+pub(super) fn or(given: u32, default: u32) -> u32 {
     if given == 0 { default } else { given }
 }

@@ -195,6 +195,9 @@ impl Case<'_> {
             return Ok(None);
         };
         let value = doubles(&value)?;
+        if value.len() != rows {
+            return Ok(None);
+        }
         let direction = directions(&gradient, width);
         let exact: Vec<f64> = gradient
             .chunks(width)

@@ -7,14 +7,17 @@ pub(super) mod show;
 
 use std::{
     io::{self, IsTerminal as _},
-    path::{Path, PathBuf},
+    path::PathBuf,
 };
 
 use clap::{ArgGroup, Args};
 use serde_json::json;
 
 use super::{
-    capture::select::{OtherArgs, TextArgs},
+    capture::{
+        Kind,
+        select::{OtherArgs, TextArgs},
+    },
     client::{Session, Target},
     error::CliError,
     out,
@@ -80,30 +83,6 @@ pub(super) struct AttributeArgs {
     evaluate: Vec<Name>,
     #[command(flatten)]
     target: Target,
-}
-
-/// What a file is, by its ending.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    Npz,
-    Json,
-    Png,
-    Html,
-}
-
-impl Kind {
-    fn of(path: &Path) -> Result<Self, CliError> {
-        match path.extension().and_then(|e| e.to_str()) {
-            Some("npz") => Ok(Kind::Npz),
-            Some("json") => Ok(Kind::Json),
-            Some("png") => Ok(Kind::Png),
-            Some("html" | "htm") => Ok(Kind::Html),
-            Some(_) | None => Err(CliError::Usage(format!(
-                "\"{}\" ends in none of .npz, .json, .png and .html",
-                path.display()
-            ))),
-        }
-    }
 }
 
 /// Runs the command.

@@ -90,7 +90,7 @@ pub(super) struct CaptureArgs {
 
 /// What a file is, by its ending.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+pub(super) enum Kind {
     Npz,
     Json,
     Png,
@@ -98,7 +98,7 @@ enum Kind {
 }
 
 impl Kind {
-    fn of(path: &Path) -> Result<Self, CliError> {
+    pub(super) fn of(path: &Path) -> Result<Self, CliError> {
         match path.extension().and_then(|e| e.to_str()) {
             Some("npz") => Ok(Kind::Npz),
             Some("json") => Ok(Kind::Json),

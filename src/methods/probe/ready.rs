@@ -5,7 +5,7 @@ use std::{
     fs,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex},
     time::SystemTime,
 };
 
@@ -34,6 +34,8 @@ pub struct Probes {
     /// Where probes are, a folder for each model; beside each model unless said.
     folder: Option<PathBuf>,
     kept: DashMap<PathBuf, Kept>,
+    /// See [`Store`].
+    writing: Arc<Mutex<()>>,
 }
 
 #[derive(Debug)]
@@ -51,15 +53,17 @@ impl Probes {
         Self {
             folder,
             kept: DashMap::new(),
+            writing: Arc::default(),
         }
     }
 
     /// Those of a model whose files are in this folder.
     pub fn store(&self, model: &str, beside: &Path) -> Store {
-        Store::new(match &self.folder {
+        let folder = match &self.folder {
             Some(folder) => folder.join(model),
             None => beside.join("probes"),
-        })
+        };
+        Store::new(folder, self.writing.clone())
     }
 
     /// A probe of a store that fits a model, at one of its hook points.

@@ -2,7 +2,7 @@
 
 use super::{
     card::{Card, Kind},
-    store::Weights,
+    store::{Weights, broken},
 };
 use crate::{engine::EngineError, tensor::Tensor};
 
@@ -95,12 +95,7 @@ impl Scorer {
     /// # Errors
     /// [`EngineError::DataLoss`] for weights that do not fit together.
     pub fn of(card: &Card, weights: &Weights, hook: &str) -> Result<Self, EngineError> {
-        Self::checked(card, weights, hook).map_err(|why| EngineError::DataLoss {
-            message: crate::engine::error::clean(&format!(
-                "probe \"{}\" cannot be read: {why}; delete it or bring it anew",
-                card.name
-            )),
-        })
+        Self::checked(card, weights, hook).map_err(|why| broken(&card.name, &why))
     }
 
     fn checked(card: &Card, weights: &Weights, hook: &str) -> Result<Self, String> {

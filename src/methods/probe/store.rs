@@ -15,6 +15,7 @@ use std::{
     fs::{self, File},
     io::{self, Read as _, Write as _},
     path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use bytes::Bytes;
@@ -45,6 +46,8 @@ pub type Weights = BTreeMap<String, Tensor>;
 #[derive(Clone, Debug)]
 pub struct Store {
     folder: PathBuf,
+    /// Held by whoever changes files: two at a time would tidy away each other's.
+    writing: Arc<Mutex<()>>,
 }
 
 /// A probe, read and checked.
@@ -88,9 +91,9 @@ pub fn check_name(name: &str, field: &str) -> Result<(), EngineError> {
 }
 
 impl Store {
-    /// Probes in this folder, which need not be there yet.
-    pub fn new(folder: PathBuf) -> Self {
-        Self { folder }
+    /// Probes in this folder, which need not be there yet; those who hold the same lock take turns at changing them.
+    pub fn new(folder: PathBuf, writing: Arc<Mutex<()>>) -> Self {
+        Self { folder, writing }
     }
 
     /// Where a probe is, or would be.
@@ -192,6 +195,7 @@ impl Store {
         replace: bool,
     ) -> Result<Card, EngineError> {
         check_name(&card.name, "name")?;
+        let _turn = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         self.may_put(&card.name, replace)?;
         let folder = self.folder.join(&card.name);
         let bytes = safetensors(weights)?;
@@ -239,6 +243,7 @@ impl Store {
     /// [`EngineError::NotFound`]; [`EngineError::FailedPrecondition`] when the disk does not let it go.
     pub fn delete(&self, name: &str) -> Result<(), EngineError> {
         check_name(name, "name")?;
+        let _turn = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         let folder = self.folder.join(name);
         // Without its description it is no probe, whatever happens next.
         let gone = fs::remove_file(folder.join(CARD)).and_then(|()| fs::remove_dir_all(&folder));
@@ -374,7 +379,8 @@ fn digest(bytes: &[u8]) -> String {
         })
 }
 
-fn broken(name: &str, why: &str) -> EngineError {
+/// What is said of files that do not add up.
+pub(super) fn broken(name: &str, why: &str) -> EngineError {
     EngineError::DataLoss {
         message: crate::engine::error::clean(&format!(
             "probe \"{name}\" cannot be read: {why}; delete it or bring it anew"

@@ -13,7 +13,7 @@ use crate::{
         quadrature::Quadrature,
         target::{Choice, Continuation, Target, Terms, What},
     },
-    service::{from_proto, wire::introspect as pb},
+    service::{from_proto, from_proto::or, wire::introspect as pb},
 };
 
 /// Most points of a path, most samples.
@@ -412,8 +412,4 @@ fn bounded(value: u32, most: u32, field: &str) -> Result<usize> {
         ));
     }
     Ok(value as usize)
-}
-
-fn or(given: u32, default: u32) -> u32 {
-    if given == 0 { default } else { given }
 }

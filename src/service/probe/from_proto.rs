@@ -1,7 +1,7 @@
 //! From wire types to questions about probes, validated once. Errors name the field by its path.
 
 use super::super::{
-    from_proto::{required_input, tensor, unknown},
+    from_proto::{or, pooling, required_input, tensor, unknown},
     wire::introspect as pb,
 };
 use crate::{
@@ -130,23 +130,11 @@ fn how(kind: Option<pb::ProbeKind>) -> Result<Option<How>> {
                 ));
             }
             How::Mlp {
-                hidden: if o.hidden == 0 { 64 } else { o.hidden as usize },
+                hidden: or(o.hidden, 64) as usize,
                 alpha: positive(o.alpha, 1e-4, "mlp.alpha")?,
             }
         }
     }))
-}
-
-pub(super) fn pooling(given: i32, field: &str) -> Result<Option<Pooling>> {
-    Ok(
-        match pb::Pooling::try_from(given).map_err(|_| unknown(field, given))? {
-            pb::Pooling::Unspecified => None,
-            pb::Pooling::Mean => Some(Pooling::Mean),
-            pb::Pooling::Cls => Some(Pooling::Cls),
-            pb::Pooling::Last => Some(Pooling::Last),
-            pb::Pooling::Max => Some(Pooling::Max),
-        },
-    )
 }
 
 fn check_label(label: &str, field: &str) -> Result<()> {

@@ -86,7 +86,8 @@ impl ProbeService for ProbesOf {
         request: Request<pb::ListProbesRequest>,
     ) -> Result<Response<pb::ListProbesResponse>, Status> {
         let model = request.into_inner().model;
-        let models: Vec<String> = if model.is_empty() {
+        let every = model.is_empty();
+        let models: Vec<String> = if every {
             let all = self.state.registry.list();
             all.keys().cloned().collect()
         } else {
@@ -96,7 +97,12 @@ impl ProbeService for ProbesOf {
         let answer = on_disk(move || {
             let mut answer = pb::ListProbesResponse::default();
             for model in models {
-                let listing = state.probes_of(&model)?.list()?;
+                let store = match state.probes_of(&model) {
+                    // Its folder went while all were listed.
+                    Err(EngineError::NotFound { .. }) if every => continue,
+                    other => other?,
+                };
+                let listing = store.list()?;
                 answer
                     .probes
                     .extend(listing.cards.into_iter().map(to_proto::probe));
@@ -223,18 +229,7 @@ impl State {
         (lane, ctx): (Lane, &Ctx),
     ) -> Result<score::Scored, EngineError> {
         let question = from_proto::score(request)?;
-        let info = handle.info();
-        let store = self.probes_of(&info.name)?;
-        let asked = question
-            .probes
-            .iter()
-            .enumerate()
-            .map(|(at, reference)| {
-                let which = (&reference.name[..], &reference.hook[..], reference.force);
-                let found = self.probes.asked(&store, info, which);
-                found.map_err(|e| e.beneath(&format!("probes[{at}]")))
-            })
-            .collect::<Result<Vec<_>, _>>()?;
+        let asked = self.asked(handle, question.probes).await?;
         let wanted = Wanted {
             per_token: question.per_token,
             predict: question.predict,
@@ -249,6 +244,26 @@ impl State {
             }
             (from_proto::Of::Hidden(_), []) => Err(EngineError::internal("a score by no probe")),
         }
+    }
+
+    /// The probes that a score names. Their files may have to be read, which is no work for the serving threads.
+    async fn asked(
+        &self,
+        handle: &ModelHandle,
+        references: Vec<pb::ProbeReference>,
+    ) -> Result<Vec<score::Asked>, EngineError> {
+        let info = handle.info().clone();
+        let (probes, store) = (self.probes.clone(), self.probes_of(&info.name)?);
+        let found = tokio::task::spawn_blocking(move || {
+            let named = references.iter().enumerate();
+            named
+                .map(|(at, r)| {
+                    let found = probes.asked(&store, &info, (&r.name, &r.hook, r.force));
+                    found.map_err(|e| e.beneath(&format!("probes[{at}]")))
+                })
+                .collect()
+        });
+        found.await.map_err(EngineError::internal)?
     }
 
     fn import(&self, request: pb::ImportProbeRequest) -> Result<Card, EngineError> {

@@ -281,11 +281,11 @@ async fn fit(
 ) -> Result<Trained, EngineError> {
     let stop = Stop(Arc::default());
     let flag = stop.0.clone();
-    let (reports, mut heard) = mpsc::unbounded_channel();
+    let (reports, mut heard) = mpsc::channel(training.plan().hooks.len().max(1));
     let mut fitting = tokio::task::spawn_blocking(move || {
-        // As many as there are hook points, and the listener outlives them unless the caller left.
+        // There is room for all, and the listener outlives them unless the caller left.
         training.fit(terms.threads, &flag, |report| {
-            let _ = reports.send(report.clone());
+            let _ = reports.try_send(report.clone());
         })
     });
     loop {

@@ -90,19 +90,19 @@ fn activation(t: &mut Tape<'_>, node: &Node, given: Given<'_>) -> Result<(), Str
     if !fixed {
         return Err("more than its first input depends on what is explained".to_owned());
     }
-    identity(t, need(node, 0)?, (only(given)?, made(node)?));
-    Ok(())
+    identity(t, need(node, 0)?, (only(given)?, made(node)?))
 }
 
 /// `g y / x`, and `g` where x is zero, as y is.
-fn identity(t: &mut Tape<'_>, x: ValueId, (g, y): (ValueId, ValueId)) {
-    let dtype = t.dtype(x).unwrap_or(crate::tensor::DType::F32);
+fn identity(t: &mut Tape<'_>, x: ValueId, (g, y): (ValueId, ValueId)) -> Result<(), String> {
+    let dtype = t.dtype(x)?;
     let (zero, one) = (t.number(0.0, dtype), t.number(1.0, dtype));
     let still = t.op("Equal", &[x, zero]);
     let divisor = t.op("Where", &[still, one, x]);
     let ratio = t.op("Div", &[y, divisor]);
     let share = t.op("Mul", &[g, ratio]);
     t.give(x, share);
+    Ok(())
 }
 
 /// A product of numbers: an activation that is written out, a division by the size of a norm, or two of the same right.
@@ -112,8 +112,7 @@ fn mul(t: &mut Tape<'_>, node: &Node, given: Given<'_>) -> Result<(), String> {
         return binary::mul(t, node, given);
     }
     if let Some(x) = common(t, a, b) {
-        identity(t, x, (only(given)?, made(node)?));
-        return Ok(());
+        return identity(t, x, (only(given)?, made(node)?));
     }
     let (g, y) = (only(given)?, made(node)?);
     for (x, size) in [(a, b), (b, a)] {
@@ -133,8 +132,7 @@ fn div(t: &mut Tape<'_>, node: &Node, given: Given<'_>) -> Result<(), String> {
     }
     let (g, y) = (only(given)?, made(node)?);
     if let Some(x) = common(t, a, b) {
-        identity(t, x, (g, y));
-        return Ok(());
+        return identity(t, x, (g, y));
     }
     let draft = t.patch.draft();
     let below = draft.producer(b).map(|n| draft.node(n));
