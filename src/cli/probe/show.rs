@@ -78,7 +78,7 @@ fn chance(probe: &pb::Probe) -> Option<f64> {
 }
 
 fn point(report: &pb::ProbeReport) -> Point {
-    let label = report.hook.replace("hidden_states.", "");
+    let label = short(&report.hook);
     match (&report.classes, &report.numbers) {
         (Some(m), _) => Point {
             label,
@@ -96,6 +96,17 @@ fn point(report: &pb::ProbeReport) -> Point {
             label,
             ..Point::default()
         },
+    }
+}
+
+/// `5 resid_pre` for `blocks.5.hook_resid_pre`: what tells hook points apart comes first, as pictures cut names.
+fn short(hook: &str) -> String {
+    let inside = hook
+        .strip_prefix("blocks.")
+        .and_then(|rest| rest.split_once('.'));
+    match inside {
+        Some((layer, name)) => format!("{layer} {}", name.replace("hook_", "")),
+        None => hook.replace("hook_", ""),
     }
 }
 
@@ -236,4 +247,24 @@ pub(in crate::cli) fn scores_json(answer: &pb::ScoreResponse) -> Value {
         })
         .collect();
     json!({ "tokens": tokens, "scores": scores })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn short_names_begin_with_what_tells_them_apart() {
+        for (hook, expected) in [
+            ("blocks.5.hook_resid_pre", "5 resid_pre"),
+            (
+                "blocks.5.hook_normalized_resid_post",
+                "5 normalized_resid_post",
+            ),
+            ("blocks.11.attn.hook_z", "11 attn.z"),
+            ("hook_embed", "embed"),
+        ] {
+            assert_eq!(short(hook), expected);
+        }
+    }
 }
