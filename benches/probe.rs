@@ -4,10 +4,7 @@
 
 mod support;
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use futures::{StreamExt as _, stream};
 use introspectd::service::wire::introspect::{
@@ -17,7 +14,7 @@ use serde_json::json;
 use support::{
     models,
     report::{Options, Pairs, Report, median, millis},
-    served::{Served, predict},
+    served::{self, Served, predict},
 };
 use tonic::transport::Channel;
 
@@ -39,12 +36,7 @@ fn main() {
         &options,
         &columns,
     );
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(1)
-        .enable_all()
-        .build()
-        .expect("a runtime for the clients");
-    runtime.block_on(async {
+    served::clients().block_on(async {
         let folder = models::classifier();
         let served = Served::start(&[("m", &folder)], &[]).await;
         let mut probes = ProbeServiceClient::new(served.channel().await);
@@ -203,10 +195,8 @@ async fn predicts(served: &Served) -> Duration {
     for _ in 0..CLIENTS {
         connected.push(served.inference().await);
     }
-    let connected = Arc::new(connected);
     let begun = Instant::now();
-    let all = (0..CLIENTS).map(|at| {
-        let mut client = connected[at].clone();
+    let all = connected.into_iter().enumerate().map(|(at, mut client)| {
         tokio::spawn(async move {
             let requests: Vec<_> = rows(at).map(|row| predict("m", &row)).collect();
             let answers = client.model_stream_infer(stream::iter(requests)).await;

@@ -16,7 +16,7 @@ use support::{
     bare::{self, Bare},
     models,
     report::{Options, Report, median},
-    served::{Served, predict},
+    served::{self, Served, predict},
 };
 
 /// Least throughput by that of the best static batching.
@@ -36,12 +36,7 @@ fn main() {
         &options,
         &columns,
     );
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(1)
-        .enable_all()
-        .build()
-        .expect("a runtime for the clients");
-    runtime.block_on(async {
+    served::clients().block_on(async {
         let folder = models::demo();
         let served = Served::start(&[("demo", &folder)], &[]).await;
         let rows = Arc::new(mixed());

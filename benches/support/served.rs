@@ -156,6 +156,15 @@ fn copy(from: &Path, to: &Path) {
     }
 }
 
+/// A runtime for clients that call at the same time, on a thread of its own.
+pub fn clients() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .expect("a runtime for the clients")
+}
+
 /// A predict of one row of token ids, as tensors.
 pub fn predict(model: &str, row: &[i64]) -> oip::ModelInferRequest {
     let inputs = ["input_ids", "attention_mask", "token_type_ids"];

@@ -291,7 +291,7 @@ async fn train(args: &TrainArgs) -> Result<(), CliError> {
             Pooling::Max => pb::Pooling::Max,
         }
         .into(),
-        kind,
+        kind: Some(kind),
         seed: args.seed,
         test_fraction: args.test,
         skip_control: args.no_control,
@@ -313,7 +313,7 @@ async fn train(args: &TrainArgs) -> Result<(), CliError> {
 }
 
 /// The kind with its options; those that it does not have are refused.
-fn kind(args: &TrainArgs) -> Result<Option<pb::ProbeKind>, CliError> {
+fn kind(args: &TrainArgs) -> Result<pb::ProbeKind, CliError> {
     let name = args.kind.unwrap_or(if args.numbers {
         KindName::Ridge
     } else {
@@ -356,7 +356,7 @@ fn kind(args: &TrainArgs) -> Result<Option<pb::ProbeKind>, CliError> {
         }),
     };
     // Labels of tokens are classes, so that logistic regression is right for them, too.
-    Ok(Some(pb::ProbeKind { kind: Some(kind) }))
+    Ok(pb::ProbeKind { kind: Some(kind) })
 }
 
 #[derive(Clone, Copy)]
@@ -519,23 +519,24 @@ async fn import(args: &ImportArgs) -> Result<(), CliError> {
             .map_err(|e| CliError::new(format!("cannot read \"{}\": {e}", path.display())))
     };
     let description = read(&args.from.join(DESCRIPTION))?;
-    let tensors = fs::read_dir(&args.from)
+    let mut tensors = fs::read_dir(&args.from)
         .map_err(|e| CliError::new(format!("cannot read \"{}\": {e}", args.from.display())))?
         .filter_map(|e| Some(e.ok()?.path()))
-        .find(|p| p.extension().is_some_and(|e| e == "safetensors"));
-    let Some(tensors) = tensors else {
+        .filter(|p| p.extension().is_some_and(|e| e == "safetensors"));
+    let (Some(tensors), None) = (tensors.next(), tensors.next()) else {
         return Err(CliError::new(format!(
-            "there is no .safetensors in \"{}\"",
+            "there must be one .safetensors in \"{}\", no more and no less",
             args.from.display()
         )));
     };
+    let tensors = read(&tensors)?;
     let (session, (model, name)) = one(&args.one).await?;
     let request = pb::ImportProbeRequest {
         model,
         name,
         from: Some(pb::import_probe_request::From::Files(pb::ProbeFiles {
             description: description.into(),
-            tensors: read(&tensors)?.into(),
+            tensors: tensors.into(),
         })),
         force: args.force,
         replace: args.replace,
