@@ -115,6 +115,46 @@ fn a_probe_goes_from_a_file_to_scores_and_pictures() {
         "{page}"
     );
 
+    let both = run(&["probe", "score", model, "first", "the story", "--predict"]).ok();
+    assert!(both.out.contains("PREDICTION"), "{}", both.out);
+
+    // Which words make it say so: the scores add up to what it says, less what it says of nothing.
+    let told = run(&[
+        "attribute",
+        model,
+        "the story",
+        "--probe",
+        "first",
+        "--json",
+    ])
+    .ok();
+    let told: Value = serde_json::from_str(&told.out).unwrap();
+    let score = run(&["probe", "score", model, "first", "the story", "--json"]).ok();
+    let score: Value = serde_json::from_str(&score.out).unwrap();
+    let values = [&told["value"], &score["scores"][0]["input"]["values"][0]];
+    let [explained, scored] = values.map(|v| v.as_f64().unwrap());
+    assert!((explained - scored).abs() < 1e-3, "{explained} {scored}");
+    let page = run(&["attribute", model, "the story", "--probe", "first"])
+        .ok()
+        .out;
+    assert!(page.contains("score of the probe for \"yes\""), "{page}");
+
+    // As scikit-learn's numbers come: a row of weights, classes that are numbers.
+    let linear = serde_json::json!({
+        "hook": "hidden_states.1", "pooling": "mean", "labels": [0, 1], "weight": [vec![0.5; 32]], "bias": [0.25],
+    });
+    let weights = place.file("weights.json", &linear.to_string());
+    run(&["probe", "import", model, "plain", "--linear", &weights]).ok();
+    let plain = run(&["probe", "score", model, "plain", "the story", "--json"]).ok();
+    let plain: Value = serde_json::from_str(&plain.out).unwrap();
+    assert!(["0", "1"].contains(&plain["scores"][0]["input"]["label"].as_str().unwrap()));
+    let uneven = place.file(
+        "uneven.json",
+        "{\"hook\": \"h\", \"weight\": [[1, 2], [3]], \"bias\": [0, 0]}",
+    );
+    run(&["probe", "import", model, "uneven", "--linear", &uneven]).failed(1, "different lengths");
+    run(&["probe", "import", model, "nothing"]).failed(2, "--from");
+
     let out = place.path("exported");
     run(&["probe", "export", model, "first", "--to", &out]).ok();
     run(&["probe", "import", model, "second", "--from", &out]).ok();

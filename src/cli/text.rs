@@ -157,7 +157,7 @@ pub(super) async fn predict(args: &PredictArgs) -> Result<(), CliError> {
             text.push_str(&format!("{}\n", out::clean(source)));
         }
         match &answer.prediction {
-            Some(prediction) => text.push_str(&show::prediction(prediction, answer)),
+            Some(prediction) => text.push_str(&show::prediction(prediction, &answer.header.tokens)),
             None => {
                 return Err(CliError::new(format!(
                     "the model predicts nothing: it is for \"{}\"",

@@ -19,7 +19,10 @@ use super::{
 use crate::{
     ipc::{
         info::{Axis, HookInfo, InputInfo, InputRole, ModelInfo},
-        spec::{Reduction, TARGET_LABEL, TARGET_POSITION, TARGET_WEIGHT, VariantSpec},
+        spec::{
+            Quantity, Reduction, TARGET_LABEL, TARGET_POSITION, TARGET_READOUT, TARGET_WEIGHT,
+            VariantSpec,
+        },
     },
     tensor::{DType, Tensor},
 };
@@ -148,7 +151,11 @@ impl ModelInputs {
             inputs.push(Input::moving(format!("shift:{name}"), hook, Some(0.0)));
         }
         if let Some(gradient) = &spec.gradient {
-            inputs.push(Input::of_terms(TARGET_LABEL, DType::I64));
+            inputs.push(if gradient.of == Quantity::Readout {
+                Input::of_terms(TARGET_READOUT, DType::F32)
+            } else {
+                Input::of_terms(TARGET_LABEL, DType::I64)
+            });
             inputs.push(Input::of_terms(TARGET_WEIGHT, DType::F32));
             if gradient.at.is_some() || info.main_output_has_positions() {
                 inputs.push(Input::of_terms(TARGET_POSITION, DType::I64));

@@ -5,11 +5,18 @@
 //! ```
 //!
 //! with the quantity a logit, a log-probability or a probability over the last axis. One term of weight one is the logit of a class;
-//! weights of one and minus one are a contrast; a term for each token of a continuation is its log-probability.
+//! weights of one and minus one are a contrast; a term for each token of a continuation is its log-probability. A read-out, such as a
+//! probe, has weights for the last axis in the place of a label, and a bias:
+//!
+//! ```text
+//!   objective[row] = bias[row] + sum over terms of weight[row, term] * sum over j of readout[row, j] * value[row, position[row, term], j]
+//! ```
 
 use super::RewriteError;
 use crate::{
-    ipc::spec::{OBJECTIVE, Quantity, TARGET_LABEL, TARGET_POSITION, TARGET_WEIGHT},
+    ipc::spec::{
+        OBJECTIVE, Quantity, TARGET_LABEL, TARGET_POSITION, TARGET_READOUT, TARGET_WEIGHT,
+    },
     onnx::{Attribute, Dim, ValueId, Writer},
     tensor::DType,
 };
@@ -52,7 +59,13 @@ pub(super) fn objective(
         inputs.push((name, dtype));
         w.patch.input(name, dtype, vec![Dim::Unknown; 2])
     };
-    let label = input(w, TARGET_LABEL, DType::I64)?;
+    let reads = of == Quantity::Readout;
+    let (name, dtype) = if reads {
+        (TARGET_READOUT, DType::F32)
+    } else {
+        (TARGET_LABEL, DType::I64)
+    };
+    let what = input(w, name, dtype)?;
     let weight = input(w, TARGET_WEIGHT, DType::F32)?;
     let position = if has_positions {
         Some(input(w, TARGET_POSITION, DType::I64)?)
@@ -60,9 +73,14 @@ pub(super) fn objective(
         None
     };
     // The weights where they belong: `picked` has the shape of the output.
-    let labels = one_hot(w, label, scores, scores.rank - 1);
+    let along = if reads {
+        let weights = w.slice(what, 1, 0, -1);
+        w.unsqueeze(weights, &[1])
+    } else {
+        one_hot(w, what, scores, scores.rank - 1)
+    };
     let weight = w.unsqueeze(weight, &[2]);
-    let weighted = w.op("Mul", &[labels, weight]);
+    let weighted = w.op("Mul", &[along, weight]);
     let picked = match position {
         None => w.reduce("ReduceSum", weighted, &[1], false),
         Some(position) => {
@@ -78,7 +96,7 @@ pub(super) fn objective(
     };
     let last = || vec![Attribute::int("axis", -1)];
     let (quantity, seed) = match of {
-        Quantity::Logit => (scores.value, picked),
+        Quantity::Logit | Quantity::Readout => (scores.value, picked),
         Quantity::LogProbability => {
             let log = w.with("LogSoftmax", &[scores.value], last());
             let probability = w.op("Exp", &[log]);
@@ -105,6 +123,13 @@ pub(super) fn objective(
         value
     } else {
         w.cast(value, DType::F32)
+    };
+    let value = if reads {
+        let bias = w.slice(what, 1, -1, i64::MAX);
+        let bias = w.reduce("ReduceSum", bias, &[1], false);
+        w.op("Add", &[value, bias])
+    } else {
+        value
     };
     w.patch.tap(value, OBJECTIVE)?;
     Ok(Objective { seed, inputs })

@@ -64,12 +64,22 @@ impl Explained {
             .collect()
     }
 
+    /// Of a probe every position is a term.
+    fn probed(&self) -> String {
+        let label = self.header.terms.first().map_or("", |t| &t.label);
+        match label {
+            "" => "score of the probe".to_owned(),
+            label => format!("score of the probe for \"{label}\""),
+        }
+    }
+
     /// What is explained, for people: `logit of "positive"`.
     pub(in crate::cli) fn target(&self) -> String {
         let quantity = match self.header.quantity() {
             pb::Quantity::Unspecified | pb::Quantity::Logit => "logit",
             pb::Quantity::LogProbability => "log-probability",
             pb::Quantity::Probability => "probability",
+            pb::Quantity::Readout => return self.probed(),
         };
         let terms: Vec<String> = self
             .header

@@ -318,6 +318,9 @@ pub(super) struct TargetArgs {
     /// Explain a number inside of the model: HOOK:POSITION:INDEX
     #[arg(long, value_name = "UNIT", conflicts_with_all = ["target", "against", "at", "continuation"])]
     unit: Option<String>,
+    /// Explain what a stored probe says: NAME or NAME@HOOK; --target names the class, --at the token
+    #[arg(long, value_name = "PROBE", conflicts_with_all = ["against", "continuation", "unit", "quantity"])]
+    probe: Option<String>,
     /// logit, log_probability or probability
     #[arg(long, value_name = "QUANTITY")]
     quantity: Option<String>,
@@ -352,6 +355,12 @@ impl TargetArgs {
         let of = if let Some(text) = &self.continuation {
             Some(Of::Continuation(pb::Continuation {
                 what: Some(pb::continuation::What::Text(text.clone())),
+            }))
+        } else if let Some(probe) = &self.probe {
+            Some(Of::Probe(pb::ProbeTarget {
+                probe: Some(crate::cli::probe::reference(probe)),
+                label: self.target.clone().unwrap_or_default(),
+                position: self.at,
             }))
         } else if let Some(unit) = &self.unit {
             Some(Of::Unit(self::unit(unit)?))

@@ -11,7 +11,7 @@ use crate::{
         out::{self, Paint, clean},
         picture::{Attention, terminal},
     },
-    service::wire::introspect::{Prediction, Summary},
+    service::wire::introspect::{Prediction, Summary, Token},
 };
 
 /// Most heat maps that are printed; files take all.
@@ -47,7 +47,11 @@ pub(super) fn page(
         paint.dim(&clean(&facts))
     );
     if let Some(prediction) = &captured.prediction {
-        let _ = write!(text, "\n{}", self::prediction(prediction, captured));
+        let _ = write!(
+            text,
+            "\n{}",
+            self::prediction(prediction, &captured.header.tokens)
+        );
     }
     if attention.layers.iter().any(|l| !l.heads.is_empty()) {
         maps(&mut text, attention, positions, paint);
@@ -70,8 +74,7 @@ pub(super) fn page(
 }
 
 /// Candidates and probabilities.
-pub(in crate::cli) fn prediction(prediction: &Prediction, captured: &Captured) -> String {
-    let tokens = &captured.header.tokens;
+pub(in crate::cli) fn prediction(prediction: &Prediction, tokens: &[Token]) -> String {
     let many = prediction.at.len() > 1;
     let rows = prediction.at.iter().take(PLACES).flat_map(|at| {
         let shown = if many { 1 } else { at.candidates.len() };

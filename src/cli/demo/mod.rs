@@ -189,7 +189,7 @@ async fn show(args: &DemoArgs, local: &Local, began: Instant) -> Result<(), CliE
     let _ = writeln!(text, "  {}", tokens(&captured.header.tokens, paint));
     if let Some(prediction) = &captured.prediction {
         section(&mut text, paint, "Prediction");
-        text.push_str(&show::prediction(prediction, &captured));
+        text.push_str(&show::prediction(prediction, &captured.header.tokens));
     }
     section(
         &mut text,

@@ -1,18 +1,17 @@
 //! `probe`: probes are trained from a file, shown, scored, and moved about.
 
 pub(super) mod data;
+mod linear;
 pub(super) mod show;
+mod stored;
 pub(super) mod training;
 
 use std::{
-    fs,
     io::{self, IsTerminal as _},
     path::{Path, PathBuf},
 };
 
-use clap::{Args, Subcommand, ValueEnum};
-use serde_json::json;
-
+use self::stored::{ExportArgs, ImportArgs, ListArgs, One, delete, export, import, list, one};
 use super::{
     client::{Session, Target},
     error::CliError,
@@ -20,6 +19,7 @@ use super::{
     picture::curve,
 };
 use crate::service::wire::introspect::{self as pb, probe_kind::Kind};
+use clap::{Args, Subcommand, ValueEnum};
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -33,12 +33,17 @@ Examples:
     introspectd probe train bert --data words.jsonl --name words
   What does it say of a text, and of each token?
     introspectd probe score bert sentiment \"Not bad at all.\" --per-token
+  And which words make it say so? (more under `attribute`)
+    introspectd attribute bert \"Not bad at all.\" --probe sentiment
   Those that there are; to another daemon and back:
     introspectd probe list
     introspectd probe show bert sentiment
     introspectd probe export bert sentiment --to ./sentiment
     introspectd probe import bert sentiment --from ./sentiment
-    introspectd probe delete bert sentiment";
+    introspectd probe delete bert sentiment
+  One of scikit-learn's, after json.dump({\"hook\": \"hidden_states.3\", \"pooling\": \"mean\", \"labels\": clf.classes_.tolist(),
+  \"weight\": clf.coef_.tolist(), \"bias\": clf.intercept_.tolist()}, file), of hidden states that `capture` or PyTorch gave:
+    introspectd probe import bert mine --linear weights.json";
 
 /// Arguments of `probe`.
 #[derive(Args, Clone, Debug)]
@@ -165,33 +170,15 @@ struct ScoreArgs {
     /// Scores of each token, too
     #[arg(long)]
     per_token: bool,
+    /// What the model predicts, too, from the same run
+    #[arg(long)]
+    predict: bool,
     /// Take probes of a model with another fingerprint
     #[arg(long)]
     force: bool,
     /// Print JSON
     #[arg(long)]
     json: bool,
-    #[command(flatten)]
-    target: Target,
-}
-
-#[derive(Args, Clone, Debug)]
-struct ListArgs {
-    /// Name of the model, or its folder; all models unless said
-    model: Option<String>,
-    /// Print JSON
-    #[arg(long)]
-    json: bool,
-    #[command(flatten)]
-    target: Target,
-}
-
-#[derive(Args, Clone, Debug)]
-struct One {
-    /// Name of the model, or its folder: a path with a `/`
-    model: String,
-    /// Name of the probe
-    name: String,
     #[command(flatten)]
     target: Target,
 }
@@ -206,30 +193,6 @@ struct ShowArgs {
     /// Print JSON
     #[arg(long)]
     json: bool,
-}
-
-#[derive(Args, Clone, Debug)]
-struct ExportArgs {
-    #[command(flatten)]
-    one: One,
-    /// Folder to write to
-    #[arg(long, value_name = "DIR")]
-    to: PathBuf,
-}
-
-#[derive(Args, Clone, Debug)]
-struct ImportArgs {
-    #[command(flatten)]
-    one: One,
-    /// Folder with probe.json and a .safetensors
-    #[arg(long, value_name = "DIR")]
-    from: PathBuf,
-    /// Take a probe of a model with another fingerprint
-    #[arg(long)]
-    force: bool,
-    /// A probe of this name may be replaced
-    #[arg(long)]
-    replace: bool,
 }
 
 /// Runs the command.
@@ -251,20 +214,8 @@ pub(super) async fn run(args: &ProbeArgs) -> Result<(), CliError> {
         }
         What::Export(args) => export(args).await,
         What::Import(args) => import(args).await,
-        What::Delete(args) => {
-            let (session, (model, name)) = one(args).await?;
-            let request = pb::DeleteProbeRequest { model, name };
-            let answer = session.probes().delete_probe(request).await;
-            session.close().await;
-            answer?;
-            out::print(&format!("probe {} is gone\n", out::clean(&args.name)))
-        }
+        What::Delete(args) => delete(args).await,
     }
-}
-
-async fn one(args: &One) -> Result<(Session, (String, String)), CliError> {
-    let (session, model) = Session::for_model(&args.target, &args.model).await?;
-    Ok((session, (model, args.name.clone())))
 }
 
 async fn train(args: &TrainArgs) -> Result<(), CliError> {
@@ -400,15 +351,21 @@ fn told(probe: &pb::Probe, output: Option<&Path>, json: bool) -> Result<(), CliE
     out::print(&show::layers(probe))
 }
 
+/// `NAME`, or `NAME@HOOK` for another hook point than the best.
+pub(super) fn reference(named: &str) -> pb::ProbeReference {
+    let (name, hook) = named.split_once('@').unwrap_or((named, ""));
+    pb::ProbeReference {
+        name: name.to_owned(),
+        hook: hook.to_owned(),
+        force: false,
+    }
+}
+
 async fn score(args: &ScoreArgs) -> Result<(), CliError> {
     let (session, model) = Session::for_model(&args.target, &args.model).await?;
-    let probes = args.probes.split(',').map(|named| {
-        let (name, hook) = named.split_once('@').unwrap_or((named, ""));
-        pb::ProbeReference {
-            name: name.to_owned(),
-            hook: hook.to_owned(),
-            force: args.force,
-        }
+    let probes = args.probes.split(',').map(|named| pb::ProbeReference {
+        force: args.force,
+        ..reference(named)
     });
     let request = pb::ScoreRequest {
         model,
@@ -420,7 +377,7 @@ async fn score(args: &ScoreArgs) -> Result<(), CliError> {
             })),
         })),
         per_token: args.per_token,
-        predict: false,
+        predict: args.predict,
     };
     let answer = session.probes().score(request).await;
     session.close().await;
@@ -429,120 +386,4 @@ async fn score(args: &ScoreArgs) -> Result<(), CliError> {
         return out::print_json(&show::scores_json(&answer));
     }
     out::print(&show::scores(&answer))
-}
-
-async fn list(args: &ListArgs) -> Result<(), CliError> {
-    let (session, model) = match &args.model {
-        Some(model) => Session::for_model(&args.target, model).await?,
-        None => (Session::remote(&args.target).await?, String::new()),
-    };
-    let answer = session
-        .probes()
-        .list_probes(pb::ListProbesRequest { model })
-        .await;
-    session.close().await;
-    let answer = answer?.into_inner();
-    if args.json {
-        let probes: Vec<_> = answer.probes.iter().map(show::json).collect();
-        let broken = answer.broken.iter();
-        let broken: Vec<_> = broken
-            .map(|b| json!({ "model": b.model, "name": b.name, "error": b.error }))
-            .collect();
-        return out::print_json(&json!({ "probes": probes, "broken": broken }));
-    }
-    if answer.probes.is_empty() && answer.broken.is_empty() {
-        return out::print("there are no probes yet: `introspectd probe train` makes some\n");
-    }
-    let probes = answer.probes.iter().map(|p| {
-        let of = if p.labels.is_empty() {
-            "numbers".to_owned()
-        } else {
-            p.labels.join(", ")
-        };
-        vec![
-            p.model.clone(),
-            p.name.clone(),
-            p.kind.clone(),
-            of,
-            p.best.clone(),
-            p.train_examples.to_string(),
-        ]
-    });
-    let broken = answer.broken.iter().map(|b| {
-        let mut row = vec![
-            b.model.clone(),
-            b.name.clone(),
-            "broken".to_owned(),
-            b.error.clone(),
-        ];
-        row.resize(6, String::new());
-        row
-    });
-    let heading = [
-        "model",
-        "probe",
-        "kind",
-        "of",
-        "best hook point",
-        "examples",
-    ];
-    out::print(&out::table(&heading, probes.chain(broken)))
-}
-
-/// Names of the files of a probe in a folder.
-const DESCRIPTION: &str = "probe.json";
-const TENSORS: &str = "probe.safetensors";
-
-async fn export(args: &ExportArgs) -> Result<(), CliError> {
-    let (session, (model, name)) = one(&args.one).await?;
-    let request = pb::ExportProbeRequest { model, name };
-    let answer = session.probes().export_probe(request).await;
-    session.close().await;
-    let files = answer?.into_inner().files.unwrap_or_default();
-    fs::create_dir_all(&args.to)
-        .map_err(|e| CliError::new(format!("cannot make \"{}\": {e}", args.to.display())))?;
-    for (name, bytes) in [(DESCRIPTION, &files.description), (TENSORS, &files.tensors)] {
-        let path = args.to.join(name);
-        out::write_file(&path, bytes)?;
-        out::warn(&format!(
-            "{} ({})\n",
-            path.display(),
-            out::bytes(bytes.len() as u64)
-        ));
-    }
-    Ok(())
-}
-
-async fn import(args: &ImportArgs) -> Result<(), CliError> {
-    let read = |path: &Path| {
-        fs::read(path)
-            .map_err(|e| CliError::new(format!("cannot read \"{}\": {e}", path.display())))
-    };
-    let description = read(&args.from.join(DESCRIPTION))?;
-    let mut tensors = fs::read_dir(&args.from)
-        .map_err(|e| CliError::new(format!("cannot read \"{}\": {e}", args.from.display())))?
-        .filter_map(|e| Some(e.ok()?.path()))
-        .filter(|p| p.extension().is_some_and(|e| e == "safetensors"));
-    let (Some(tensors), None) = (tensors.next(), tensors.next()) else {
-        return Err(CliError::new(format!(
-            "there must be one .safetensors in \"{}\", no more and no less",
-            args.from.display()
-        )));
-    };
-    let tensors = read(&tensors)?;
-    let (session, (model, name)) = one(&args.one).await?;
-    let request = pb::ImportProbeRequest {
-        model,
-        name,
-        from: Some(pb::import_probe_request::From::Files(pb::ProbeFiles {
-            description: description.into(),
-            tensors: tensors.into(),
-        })),
-        force: args.force,
-        replace: args.replace,
-    };
-    let answer = session.probes().import_probe(request).await;
-    session.close().await;
-    answer?;
-    out::print(&format!("probe {} is stored\n", out::clean(&args.one.name)))
 }

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use crate::{
     cli::{
-        out,
+        capture, out,
         picture::curve::{Curve, Point},
     },
     service::wire::introspect as pb,
@@ -224,7 +224,12 @@ pub(in crate::cli) fn scores(answer: &pb::ScoreResponse) -> String {
         "value",
         "projection",
     ];
-    out::table(&heading, rows)
+    let mut shown = out::table(&heading, rows);
+    if let Some(prediction) = &answer.prediction {
+        shown.push('\n');
+        shown.push_str(&capture::show::prediction(prediction, &answer.tokens));
+    }
+    shown
 }
 
 /// The same as JSON.
@@ -246,7 +251,8 @@ pub(in crate::cli) fn scores_json(answer: &pb::ScoreResponse) -> Value {
             })
         })
         .collect();
-    json!({ "tokens": tokens, "scores": scores })
+    let prediction = answer.prediction.as_ref().map(capture::json::prediction);
+    json!({ "tokens": tokens, "scores": scores, "prediction": prediction })
 }
 
 #[cfg(test)]

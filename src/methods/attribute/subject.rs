@@ -18,7 +18,7 @@ use crate::{
         info::{Axis, InputInfo, InputRole, ModelInfo},
         spec::{
             GradientSpec, OBJECTIVE, Reduction, Rules, TARGET_LABEL, TARGET_POSITION,
-            TARGET_WEIGHT, VariantSpec,
+            TARGET_READOUT, TARGET_WEIGHT, VariantSpec,
         },
     },
     methods::input::Token,
@@ -385,7 +385,14 @@ impl Subject {
     fn terms_at(&self, rows: usize, positions: &[u32]) -> Result<Vec<NamedTensor>, EngineError> {
         let terms = &self.objective.terms;
         let shape = vec![rows, terms.len()];
-        let labels: Vec<i64> = terms.iter().map(|t| i64::from(t.label)).collect();
+        let what = if let Some(readout) = &self.objective.readout {
+            let tensor = Tensor::from_f32(vec![rows, readout.len()], &readout.repeat(rows));
+            (TARGET_READOUT, tensor)
+        } else {
+            let labels: Vec<i64> = terms.iter().map(|t| i64::from(t.label)).collect();
+            let tensor = Tensor::from_i64(shape.clone(), &labels.repeat(rows));
+            (TARGET_LABEL, tensor)
+        };
         let weights: Vec<f32> = terms.iter().map(|t| t.weight).collect();
         let named = |name: &str, tensor: Result<Tensor, TensorError>| -> Result<_, EngineError> {
             Ok(NamedTensor {
@@ -394,10 +401,7 @@ impl Subject {
             })
         };
         let mut inputs = vec![
-            named(
-                TARGET_LABEL,
-                Tensor::from_i64(shape.clone(), &labels.repeat(rows)),
-            )?,
+            named(what.0, what.1)?,
             named(
                 TARGET_WEIGHT,
                 Tensor::from_f32(shape.clone(), &weights.repeat(rows)),

@@ -4,6 +4,8 @@
 //!   F = sum over terms of weight * quantity(position, label)
 //! ```
 
+use std::sync::Arc;
+
 use crate::{
     engine::{
         Ctx, EngineError, Job, Lane, ModelHandle, PickSpec, RowGroup, TextInput, TokenizeOptions,
@@ -15,6 +17,7 @@ use crate::{
     methods::{
         input::{self, Prepared},
         predict,
+        reduce::Pooling,
     },
 };
 
@@ -45,12 +48,29 @@ pub enum Terms {
         /// Along the last axis.
         index: u32,
     },
+    /// What a linear probe says of a hook point.
+    Readout(Readout),
 }
 
 impl Default for Terms {
     fn default() -> Self {
         Terms::Choice(Choice::default())
     }
+}
+
+/// A linear function of hidden states.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Readout {
+    /// Of which hook point.
+    pub hook: String,
+    /// How positions become one vector; none to read one of them.
+    pub pooling: Option<Pooling>,
+    /// Which, from the end if negative; of a function that does not pool.
+    pub position: Option<i32>,
+    /// A weight for each number of a position, and the bias.
+    pub weights: Arc<[f32]>,
+    /// Number and name of the class whose score it is.
+    pub class: (u32, String),
 }
 
 /// A class or a token.
@@ -109,6 +129,8 @@ pub struct Objective {
     pub terms: Vec<Term>,
     /// Tokens of the row that belong to the question and not to its input: the continuation.
     pub asked: usize,
+    /// Of [`Quantity::Readout`]: weights and bias.
+    pub readout: Option<Arc<[f32]>>,
 }
 
 /// Finds the terms of a target. A continuation is appended to the row.
@@ -126,12 +148,14 @@ pub(super) async fn resolve(
     let quantity = target.quantity.unwrap_or(match target.of {
         Terms::Continuation(_) => Quantity::LogProbability,
         Terms::Choice(_) | Terms::Contrast(..) | Terms::Unit { .. } => Quantity::Logit,
+        Terms::Readout(_) => Quantity::Readout,
     });
     let found = |terms, asked| Objective {
         quantity,
         at: None,
         terms,
         asked,
+        readout: None,
     };
     let (handle, row) = (handle, &*prepared);
     match &target.of {
@@ -140,6 +164,7 @@ pub(super) async fn resolve(
             position,
             index,
         } => unit(&info, quantity, (hook, *position, *index), length(prepared)),
+        Terms::Readout(readout) => reads(&info, target.quantity, readout, length(prepared)),
         Terms::Choice(choice) => {
             has_scores(&info)?;
             let run = Reader {
@@ -235,6 +260,73 @@ fn unit(
             weight: 1.0,
         }],
         asked: 0,
+        readout: None,
+    })
+}
+
+/// What a probe says, as a sum over the positions that it pools.
+fn reads(
+    info: &ModelInfo,
+    quantity: Option<Quantity>,
+    readout: &Readout,
+    length: Option<usize>,
+) -> Result<Objective, EngineError> {
+    if quantity.is_some() {
+        return Err(EngineError::invalid(
+            "quantity",
+            "says how a model's scores are read, and the target is a probe: leave it out",
+        ));
+    }
+    let dims = info.hook(&readout.hook).map(|h| &h.dims[..]);
+    let length = length.or(dims.and_then(|d| *d.get(1)?));
+    let one = |position, field| Ok::<_, EngineError>(vec![at(position, length, field)?]);
+    let positions = match (readout.pooling, readout.position) {
+        (None, Some(position)) => one(position, "probe.position")?,
+        (None, None) => {
+            return Err(EngineError::invalid(
+                "probe.position",
+                "is needed: the probe scores every token",
+            ));
+        }
+        (Some(_), Some(_)) => {
+            return Err(EngineError::invalid(
+                "probe.position",
+                "is one token, and the probe scores the whole input: leave it out",
+            ));
+        }
+        (Some(Pooling::Cls), None) => one(0, "probe")?,
+        (Some(Pooling::Last), None) => one(-1, "probe")?,
+        (Some(Pooling::Mean), None) => {
+            let length = length.and_then(|l| u32::try_from(l).ok());
+            let length = length.filter(|l| *l > 0).ok_or_else(|| {
+                EngineError::invalid(
+                    "probe",
+                    "is of a mean over a row whose length is not known: give tokens",
+                )
+            })?;
+            (0..length).collect()
+        }
+        (Some(Pooling::Max), None) => {
+            return Err(EngineError::precondition(
+                "the probe reads the greatest value over positions, which is not linear: explain one that pools by mean, first or last position",
+            ));
+        }
+    };
+    #[allow(clippy::cast_precision_loss)] // a number of tokens
+    let weight = (positions.len() as f32).recip();
+    let (label, name) = &readout.class;
+    let term = |position| Term {
+        label: *label,
+        name: name.clone(),
+        position: Some(position),
+        weight,
+    };
+    Ok(Objective {
+        quantity: Quantity::Readout,
+        at: Some(readout.hook.clone()),
+        terms: positions.into_iter().map(term).collect(),
+        asked: 0,
+        readout: Some(readout.weights.clone()),
     })
 }
 

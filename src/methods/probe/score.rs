@@ -10,6 +10,7 @@ use super::{
 use crate::{
     engine::{Ctx, EngineError, Lane, ModelHandle, StageTimings},
     methods::{
+        attribute::target::Readout,
         capture::{self, Logits, Question, Selection},
         input::{Input, Token},
         predict::Prediction,
@@ -28,6 +29,21 @@ pub struct Asked {
 }
 
 impl Asked {
+    /// Its score of a class, as what can be explained.
+    ///
+    /// # Errors
+    /// Those of [`Scorer::readout`].
+    pub fn readout(&self, label: Option<&str>) -> Result<Readout, EngineError> {
+        let (class, weights) = self.scorer()?.readout(label)?;
+        Ok(Readout {
+            hook: self.hook.clone(),
+            pooling: self.probe.card.pooling,
+            position: None,
+            weights: weights.into(),
+            class,
+        })
+    }
+
     fn scorer(&self) -> Result<&Scorer, EngineError> {
         let found = self.probe.scorers.get(&self.hook);
         found.ok_or_else(|| EngineError::internal("a probe lost a hook point"))

@@ -140,6 +140,50 @@ impl Scorer {
         self.hidden.as_ref().unwrap_or(&self.output).width
     }
 
+    /// The class's number and name, the weights and the bias that score it: of two classes the second unless said, of more the one that
+    /// is named. The score of the first of two is minus that of the second, where they share weights.
+    ///
+    /// # Errors
+    /// [`EngineError::FailedPrecondition`] for an MLP, which has no such weights; beneath the caller's field for a `label` that there is not.
+    pub fn readout(&self, label: Option<&str>) -> Result<((u32, String), Vec<f32>), EngineError> {
+        if self.hidden.is_some() {
+            return Err(EngineError::precondition(
+                "the probe has a hidden layer, and its score is no direction of the model's: train a linear kind",
+            ));
+        }
+        let at = match label {
+            Some(label) => self.labels.iter().position(|l| l == label).ok_or_else(|| {
+                let message = if self.labels.is_empty() {
+                    "is given, and the probe gives a number: leave it out".to_owned()
+                } else {
+                    let labels = self.labels.join(", ");
+                    format!("\"{label}\" is none of the probe's labels: {labels}")
+                };
+                EngineError::invalid("label", message)
+            })?,
+            None if self.labels.len() > 2 => {
+                return Err(EngineError::invalid(
+                    "label",
+                    format!("is needed: the probe scores {}", self.labels.join(", ")),
+                ));
+            }
+            None => self.labels.len().saturating_sub(1),
+        };
+        let shared = self.output.bias.len() == 1;
+        let row = if shared { 0 } else { at };
+        let sign = if shared && at + 1 < self.labels.len() {
+            -1.0
+        } else {
+            1.0
+        };
+        let width = self.output.width;
+        let weights = &self.output.weight[row * width..(row + 1) * width];
+        let all = weights.iter().chain(&self.output.bias[row..=row]);
+        let name = self.labels.get(at).cloned().unwrap_or_default();
+        let number = u32::try_from(at).map_err(EngineError::internal)?;
+        Ok(((number, name), all.map(|w| sign * w).collect()))
+    }
+
     /// What it says of a vector of [`Scorer::width`] features.
     pub fn score(&self, x: &[f32]) -> Says {
         let inner = self.hidden.as_ref().map(|hidden| {

@@ -11,7 +11,7 @@ use crate::{
         baseline::Kind,
         features::Span,
         quadrature::Quadrature,
-        target::{Choice, Continuation, Target, Terms, What},
+        target::{Choice, Continuation, Readout, Target, Terms, What},
     },
     service::{from_proto, from_proto::or, wire::introspect as pb},
 };
@@ -37,14 +37,18 @@ const SENSITIVITY: u32 = 10;
 
 type Result<T> = std::result::Result<T, EngineError>;
 
-/// The model that is asked, and the question.
-pub(super) fn question(request: pb::AttributeRequest) -> Result<(String, Question)> {
+/// The model that is asked, and the question. `readout` is what its target names, when that is a probe.
+pub(super) fn question(
+    request: pb::AttributeRequest,
+    readout: Option<Readout>,
+) -> Result<(String, Question)> {
     let model = from_proto::named(request.model)?;
     Ok((
         model,
         Question {
             input: from_proto::required_input(request.input)?,
-            target: target(request.target.unwrap_or_default()).map_err(|e| e.beneath("target"))?,
+            target: target(request.target.unwrap_or_default(), readout)
+                .map_err(|e| e.beneath("target"))?,
             method: method(request.method.unwrap_or_default()).map_err(|e| e.beneath("method"))?,
             baseline: baseline(request.baseline.unwrap_or_default())
                 .map_err(|e| e.beneath("baseline"))?,
@@ -56,11 +60,14 @@ pub(super) fn question(request: pb::AttributeRequest) -> Result<(String, Questio
 }
 
 /// The model that is asked, and what to evaluate.
-pub(super) fn evaluation(request: pb::EvaluateRequest) -> Result<(String, Evaluation)> {
+pub(super) fn evaluation(
+    request: pb::EvaluateRequest,
+    readout: Option<Readout>,
+) -> Result<(String, Evaluation)> {
     let asked = request
         .request
         .ok_or_else(|| EngineError::invalid("request", "is missing: say what to explain"))?;
-    let (model, question) = question(asked).map_err(|e| e.beneath("request"))?;
+    let (model, question) = question(asked, readout).map_err(|e| e.beneath("request"))?;
     if request.methods.len() > MOST_METHODS {
         return Err(EngineError::invalid(
             "methods",
@@ -101,12 +108,18 @@ pub(super) fn evaluation(request: pb::EvaluateRequest) -> Result<(String, Evalua
     ))
 }
 
-fn target(given: pb::Target) -> Result<Target> {
+fn target(given: pb::Target, readout: Option<Readout>) -> Result<Target> {
     let quantity = match known::<pb::Quantity>(given.quantity, "quantity")? {
         pb::Quantity::Unspecified => None,
         pb::Quantity::Logit => Some(Quantity::Logit),
         pb::Quantity::LogProbability => Some(Quantity::LogProbability),
         pb::Quantity::Probability => Some(Quantity::Probability),
+        pb::Quantity::Readout => {
+            return Err(EngineError::invalid(
+                "quantity",
+                "QUANTITY_READOUT is what answers about probes say: name the probe as target and leave this out",
+            ));
+        }
     };
     let of = match given.of {
         None => Terms::default(),
@@ -140,6 +153,9 @@ fn target(given: pb::Target) -> Result<Target> {
             position: u.position,
             index: u.index,
         },
+        Some(pb::target::Of::Probe(_)) => {
+            Terms::Readout(readout.ok_or_else(|| EngineError::internal("a probe was not read"))?)
+        }
     };
     Ok(Target { quantity, of })
 }

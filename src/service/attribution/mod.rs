@@ -26,7 +26,9 @@ use super::{
 };
 use crate::{
     engine::{Ctx, EngineError, Lane, StageTimings},
-    methods::attribute::{self, Attributed, Evaluated, Features, Started, Terms, evaluate},
+    methods::attribute::{
+        self, Attributed, Evaluated, Features, Started, Terms, evaluate, target::Readout,
+    },
     telemetry::names,
     tensor::Tensor,
 };
@@ -122,7 +124,13 @@ impl AttributionService for Attributions {
         let ctx = call.ctx();
         let state = &self.state;
         let begun = async {
-            let (model, evaluation) = from_proto::evaluation(request.into_inner())?;
+            let request = request.into_inner();
+            let readout = match &request.request {
+                Some(asked) => state.readout(asked).await,
+                None => Ok(None),
+            };
+            let readout = readout.map_err(|e| e.beneath("request"))?;
+            let (model, evaluation) = from_proto::evaluation(request, readout)?;
             let handle = state.registry.get(&model)?;
             let explained = Explained::new(&model, "evaluate", call.arrived);
             let terms = state.terms(Lane::Interactive);
@@ -151,6 +159,38 @@ impl State {
         }
     }
 
+    /// The probe that a target names, if it does.
+    async fn readout(
+        &self,
+        request: &pb::AttributeRequest,
+    ) -> Result<Option<Readout>, EngineError> {
+        let target = request.target.as_ref().and_then(|t| t.of.as_ref());
+        let Some(pb::target::Of::Probe(given)) = target else {
+            return Ok(None);
+        };
+        let named = given.probe.clone().ok_or_else(|| {
+            EngineError::invalid(
+                "target.probe.probe",
+                "is missing: name a probe of the model",
+            )
+        })?;
+        let handle = self
+            .registry
+            .get(&crate::service::from_proto::named(request.model.clone())?)?;
+        let field = |_| "target.probe.probe".to_owned();
+        let found = self.asked(&handle, vec![named], field).await?;
+        let [probe] = &found[..] else {
+            return Err(EngineError::internal("one probe was asked for"));
+        };
+        let label = (!given.label.is_empty()).then_some(&given.label[..]);
+        let readout = probe.readout(label);
+        let readout = readout.map_err(|e| e.beneath("target.probe"))?;
+        Ok(Some(Readout {
+            position: given.position,
+            ..readout
+        }))
+    }
+
     /// Validates an explanation and runs its input once. Errors of a known model are recorded as its.
     async fn begin(
         &self,
@@ -159,7 +199,8 @@ impl State {
         ctx: &Ctx,
         lane: Lane,
     ) -> Result<Begun, EngineError> {
-        let (model, question) = from_proto::question(request)?;
+        let readout = self.readout(&request).await?;
+        let (model, question) = from_proto::question(request, readout)?;
         let handle = self.registry.get(&model)?;
         let explained = Explained::new(&model, question.method.name(), call.arrived);
         match attribute::start(&handle, question, self.terms(lane), ctx).await {

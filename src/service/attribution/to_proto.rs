@@ -91,6 +91,7 @@ const fn quantity(quantity: Quantity) -> pb::Quantity {
         Quantity::Logit => pb::Quantity::Logit,
         Quantity::LogProbability => pb::Quantity::LogProbability,
         Quantity::Probability => pb::Quantity::Probability,
+        Quantity::Readout => pb::Quantity::Readout,
     }
 }
 

@@ -229,7 +229,9 @@ impl State {
         (lane, ctx): (Lane, &Ctx),
     ) -> Result<score::Scored, EngineError> {
         let question = from_proto::score(request)?;
-        let asked = self.asked(handle, question.probes).await?;
+        let asked = self
+            .asked(handle, question.probes, |at| format!("probes[{at}]"))
+            .await?;
         let wanted = Wanted {
             per_token: question.per_token,
             predict: question.predict,
@@ -247,10 +249,11 @@ impl State {
     }
 
     /// The probes that a score names. Their files may have to be read, which is no work for the serving threads.
-    async fn asked(
+    pub(super) async fn asked(
         &self,
         handle: &ModelHandle,
         references: Vec<pb::ProbeReference>,
+        field: fn(usize) -> String,
     ) -> Result<Vec<score::Asked>, EngineError> {
         let info = handle.info().clone();
         let (probes, store) = (self.probes.clone(), self.probes_of(&info.name)?);
@@ -259,7 +262,7 @@ impl State {
             named
                 .map(|(at, r)| {
                     let found = probes.asked(&store, &info, (&r.name, &r.hook, r.force));
-                    found.map_err(|e| e.beneath(&format!("probes[{at}]")))
+                    found.map_err(|e| e.beneath(&field(at)))
                 })
                 .collect()
         });
