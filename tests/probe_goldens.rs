@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use introspectd::methods::probe::{
     fit::{Fitted, How, Targets, fit},
-    judge::{Judgement, Split, judge},
+    judge::{Judgement, Rows, Split, judge},
 };
 use ndarray::{Array1, Array2, ArrayD, Axis, Ix1, Ix2, s};
 
@@ -79,7 +79,10 @@ fn logistic_regression_is_that_of_scikit_learn() {
         let types: Vec<u64> = (0..x.nrows() as u64).collect();
         let (report, found) = judge(
             &LOGISTIC,
-            x.view(),
+            &Rows {
+                train: x.slice(s![..TRAIN, ..]).to_owned(),
+                test: x.slice(s![TRAIN.., ..]).to_owned(),
+            },
             (&targets, &types),
             &split,
             Judgement::default(),

@@ -10,7 +10,7 @@ use std::{
     time::Instant,
 };
 
-use ndarray::{Array2, ArrayView2, Axis};
+use ndarray::{Array2, ArrayView2, Axis, concatenate, s};
 
 use super::{
     card::{ClassMetrics, NumberMetrics, Report},
@@ -31,10 +31,19 @@ const FOLDS: usize = 5;
 /// Which rows are trained on, and which judge.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Split {
-    /// Trained on.
+    /// Trained on, in an order that was drawn: curves and codes take them from the front.
     pub train: Vec<usize>,
     /// Judged by.
     pub test: Vec<usize>,
+}
+
+/// The rows of a [`Split`], in its order.
+#[derive(Clone, Debug)]
+pub struct Rows {
+    /// `[row, width]`
+    pub train: Array2<f64>,
+    /// `[row, width]`
+    pub test: Array2<f64>,
 }
 
 /// What is judged beside the probe itself.
@@ -75,6 +84,13 @@ impl Split {
         }
         train.sort_unstable();
         test.sort_unstable();
+        Self::said(&train, test, seed)
+    }
+
+    /// Of rows that the caller named.
+    pub fn said(train: &[usize], test: Vec<usize>, seed: u64) -> Self {
+        let order = Draws::new(seed ^ 0xc0de).permutation(train.len());
+        let train = order.into_iter().map(|at| train[at]).collect();
         Self { train, test }
     }
 }
@@ -85,7 +101,7 @@ impl Split {
 /// Those of [`fit`], and that there is nothing to judge by.
 pub fn judge(
     how: &How,
-    x: ArrayView2<'_, f64>,
+    Rows { train, test }: &Rows,
     (targets, types): (&Targets, &[u64]),
     split: &Split,
     judgement: Judgement,
@@ -96,9 +112,8 @@ pub fn judge(
         return Err("there is no example to judge by: give more, or say which".to_owned());
     }
     let seed = judgement.seed;
-    let (train, test) = (picked(x, &split.train), picked(x, &split.test));
     let (known, asked) = (targets.of(&split.train), targets.of(&split.test));
-    let (how, chosen_c) = chosen(how, &train, &known, seed, stop)?;
+    let (how, chosen_c) = chosen(how, train.view(), &known, seed, stop)?;
     let fitted = fit(&how, train.view(), &known, seed, stop)?;
     let mut report = Report {
         iterations: fitted.iterations,
@@ -148,31 +163,32 @@ pub fn judge(
                 }
             }
             if judgement.codelength {
-                let (bits, uniform) = codelength(&how, &train, known, classes, seed, stop)?;
+                let (bits, uniform) = codelength(&how, train.view(), known, classes, seed, stop)?;
                 found.codelength_bits = Some(bits);
                 found.compression = Some(uniform / bits.max(f64::MIN_POSITIVE));
             }
             if judgement.learning_curve {
+                let test = (test.view(), &asked[..]);
                 found.learning_curve =
-                    curve(&how, (&train, known), (&test, asked), classes, seed, stop);
+                    curve(&how, (train.view(), known), test, classes, seed, stop);
             }
             report.classes = Some(found);
         }
         (Targets::Numbers(known), Targets::Numbers(asked)) => {
             let numbers = |f: &Fitted, x: &Array2<f64>| f.scores(x.view()).column(0).to_vec();
             let (r_squared, mean_squared_error, spearman) =
-                metrics::of_numbers(&numbers(&fitted, &test), asked);
+                metrics::of_numbers(&numbers(&fitted, test), asked);
             let mut found = NumberMetrics {
                 r_squared,
                 mean_squared_error,
                 spearman,
-                train_r_squared: metrics::of_numbers(&numbers(&fitted, &train), known).0,
+                train_r_squared: metrics::of_numbers(&numbers(&fitted, train), known).0,
                 ..NumberMetrics::default()
             };
             if judgement.control {
                 let fitted = control()?;
                 if let Targets::Numbers(of) = controlled(targets, types, seed).of(&split.test) {
-                    let right = metrics::of_numbers(&numbers(&fitted, &test), &of).0;
+                    let right = metrics::of_numbers(&numbers(&fitted, test), &of).0;
                     found.control_r_squared = Some(right);
                     found.selectivity = Some(r_squared - right);
                 }
@@ -192,10 +208,6 @@ pub fn judge(
     }
     report.seconds = begun.elapsed().as_secs_f64();
     Ok((report, fitted))
-}
-
-fn picked(x: ArrayView2<'_, f64>, rows: &[usize]) -> Array2<f64> {
-    x.select(Axis(0), rows)
 }
 
 /// Accuracy of saying the class that is commonest among what was trained on.
@@ -233,7 +245,7 @@ fn controlled(targets: &Targets, types: &[u64], seed: u64) -> Targets {
 /// The C with the best accuracy over folds of the training rows, the smallest of equal ones.
 fn chosen(
     how: &How,
-    train: &Array2<f64>,
+    train: ArrayView2<'_, f64>,
     known: &Targets,
     seed: u64,
     stop: &dyn Fn() -> bool,
@@ -247,7 +259,7 @@ fn chosen(
     if choices.is_empty() {
         return Ok((how.clone(), None));
     }
-    let order = Draws::new(seed).permutation(of.len());
+    let ends: Vec<usize> = (0..=FOLDS).map(|f| f * of.len() / FOLDS).collect();
     let mut choices = choices.clone();
     choices.sort_by(f64::total_cmp);
     let mut best = (f64::NEG_INFINITY, 1.0);
@@ -257,24 +269,17 @@ fn chosen(
             choices: Vec::new(),
         };
         let mut sum = 0.0;
-        for fold in 0..FOLDS {
-            let in_fold = |at: &usize| at % FOLDS == fold;
-            let rows = |held: bool| -> Vec<usize> {
-                let at = (0..order.len()).filter(|at| in_fold(at) == held);
-                at.map(|at| order[at]).collect()
-            };
-            let (rest, held) = (rows(false), rows(true));
-            let fitted = fit(
-                &one,
-                picked(train.view(), &rest).view(),
-                &known.of(&rest),
-                seed,
-                stop,
-            )?;
-            if let Targets::Classes(asked, _) = known.of(&held) {
-                let said = fitted.classes(picked(train.view(), &held).view());
-                sum += metrics::accuracy(&said, &asked);
-            }
+        for fold in ends.windows(2) {
+            let (from, to) = (fold[0], fold[1]);
+            let rest: Vec<usize> = (0..from).chain(to..of.len()).collect();
+            let x = concatenate![
+                Axis(0),
+                train.slice(s![..from, ..]),
+                train.slice(s![to.., ..])
+            ];
+            let fitted = fit(&one, x.view(), &known.of(&rest), seed, stop)?;
+            let said = fitted.classes(train.slice(s![from..to, ..]));
+            sum += metrics::accuracy(&said, &of[from..to]);
         }
         if sum > best.0 {
             best = (sum, c);
@@ -292,29 +297,27 @@ fn chosen(
 /// Bits of the online code, and by chance.
 fn codelength(
     how: &How,
-    train: &Array2<f64>,
+    train: ArrayView2<'_, f64>,
     known: &[usize],
     classes: usize,
     seed: u64,
     stop: &dyn Fn() -> bool,
 ) -> Result<(f64, f64), String> {
-    let order = Draws::new(seed ^ 0xc0de).permutation(known.len());
     let chance = (classes as f64).log2();
     let mut ends: Vec<usize> = BLOCKS.iter().map(|b| part(known.len(), *b)).collect();
     ends.dedup();
     let mut bits = ends[0] as f64 * chance;
     for pair in ends.windows(2) {
-        let (before, block) = (&order[..pair[0]], &order[pair[0]..pair[1]]);
-        let of = |rows: &[usize]| -> Vec<usize> { rows.iter().map(|r| known[*r]).collect() };
-        let seen = Targets::Classes(of(before), classes);
+        let (before, block) = (pair[0], &known[pair[0]..pair[1]]);
+        let seen = Targets::Classes(known[..before].to_vec(), classes);
         // Before there are two classes, chance is all that there is.
-        let Ok(fitted) = fit(how, picked(train.view(), before).view(), &seen, seed, stop) else {
+        let Ok(fitted) = fit(how, train.slice(s![..before, ..]), &seen, seed, stop) else {
             bits += block.len() as f64 * chance;
             continue;
         };
-        let probabilities = fitted.probabilities(picked(train.view(), block).view());
-        for (row, class) in probabilities.outer_iter().zip(of(block)) {
-            bits -= row[class].max(f64::MIN_POSITIVE).log2();
+        let probabilities = fitted.probabilities(train.slice(s![pair[0]..pair[1], ..]));
+        for (row, class) in probabilities.outer_iter().zip(block) {
+            bits -= row[*class].max(f64::MIN_POSITIVE).log2();
         }
     }
     Ok((bits, known.len() as f64 * chance))
@@ -322,21 +325,20 @@ fn codelength(
 
 fn curve(
     how: &How,
-    (train, known): (&Array2<f64>, &[usize]),
-    (test, asked): (&Array2<f64>, &[usize]),
+    (train, known): (ArrayView2<'_, f64>, &[usize]),
+    (test, asked): (ArrayView2<'_, f64>, &[usize]),
     classes: usize,
     seed: u64,
     stop: &dyn Fn() -> bool,
 ) -> Vec<(u64, f64)> {
-    let order = Draws::new(seed ^ 0xca12e).permutation(known.len());
     CURVE
         .iter()
         .filter_map(|p| {
-            let rows = &order[..part(known.len(), *p)];
-            let of = Targets::Classes(rows.iter().map(|r| known[*r]).collect(), classes);
-            let fitted = fit(how, picked(train.view(), rows).view(), &of, seed, stop).ok()?;
-            let right = metrics::accuracy(&fitted.classes(test.view()), asked);
-            Some((rows.len() as u64, right))
+            let rows = part(known.len(), *p);
+            let of = Targets::Classes(known[..rows].to_vec(), classes);
+            let fitted = fit(how, train.slice(s![..rows, ..]), &of, seed, stop).ok()?;
+            let right = metrics::accuracy(&fitted.classes(test), asked);
+            Some((rows as u64, right))
         })
         .collect()
 }
@@ -361,6 +363,13 @@ mod tests {
         choices: Vec::new(),
     };
 
+    fn rows_of(x: &Array2<f64>, split: &Split) -> Rows {
+        Rows {
+            train: x.select(Axis(0), &split.train),
+            test: x.select(Axis(0), &split.test),
+        }
+    }
+
     /// Rows whose first feature tells the class when `planted`, and random ones otherwise; every row is of a type of its own.
     fn rows(n: usize, planted: bool) -> (Array2<f64>, Targets, Vec<u64>) {
         let mut draws = Draws::new(7);
@@ -381,7 +390,7 @@ mod tests {
         let split = Split::drawn(&targets, 0.2, 1);
         let found = judge(
             &LOGISTIC,
-            x.view(),
+            &rows_of(&x, &split),
             (&targets, &types),
             &split,
             judgement,
@@ -440,7 +449,7 @@ mod tests {
         let judgement = Judgement::default();
         let (report, _) = judge(
             &how,
-            x.view(),
+            &rows_of(&x, &split),
             (&targets, &types),
             &split,
             judgement,

@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    io::{self, BufWriter, Read as _, Seek as _, Write as _},
+    io::{self, BufReader, BufWriter, Read as _, Seek as _, Write as _},
 };
 
 /// Matrices that grow.
@@ -40,10 +40,7 @@ impl Matrices {
     pub fn push(&mut self, rows: &[Vec<f32>]) -> io::Result<()> {
         self.held += rows.iter().map(|r| size_of_val(&r[..])).sum::<usize>();
         if self.held > self.budget {
-            for column in &mut self.columns {
-                column.spill()?;
-            }
-            self.held = 0;
+            self.spill()?;
         }
         for (column, rows) in self.columns.iter_mut().zip(rows) {
             match column {
@@ -54,9 +51,19 @@ impl Matrices {
         Ok(())
     }
 
-    /// Whether they are in files.
-    pub fn spilled(&self) -> bool {
-        self.columns.iter().any(|c| matches!(c, Column::File(_)))
+    /// Bytes in memory.
+    pub fn held(&self) -> usize {
+        self.held
+    }
+
+    /// Puts into files what is in memory.
+    ///
+    /// # Errors
+    /// When a file cannot be written.
+    pub fn spill(&mut self) -> io::Result<()> {
+        self.columns.iter_mut().try_for_each(Column::spill)?;
+        self.held = 0;
+        Ok(())
     }
 
     /// Done with growing.
@@ -75,22 +82,26 @@ impl Column {
         Ok(())
     }
 
-    /// All of it, in memory.
+    /// Tells each row, in order.
     ///
     /// # Errors
     /// When a file cannot be read back.
-    pub fn load(self) -> io::Result<Vec<f32>> {
+    pub fn each(self, width: usize, mut row: impl FnMut(&[f32])) -> io::Result<()> {
         match self {
-            Column::Memory(values) => Ok(values),
+            Column::Memory(values) => values.chunks_exact(width).for_each(row),
             Column::File(file) => {
                 let mut file = file.into_inner().map_err(io::IntoInnerError::into_error)?;
-                let bytes = usize::try_from(file.stream_position()?).unwrap_or(usize::MAX);
+                let bytes = file.stream_position()?;
                 file.rewind()?;
-                let mut values = vec![0f32; bytes / size_of::<f32>()];
-                file.read_exact(bytemuck::cast_slice_mut(&mut values))?;
-                Ok(values)
+                let mut file = BufReader::with_capacity(1 << 16, file);
+                let mut values = vec![0f32; width];
+                for _ in 0..bytes / (width * size_of::<f32>()) as u64 {
+                    file.read_exact(bytemuck::cast_slice_mut(&mut values))?;
+                    row(&values);
+                }
             }
         }
+        Ok(())
     }
 }
 
@@ -103,20 +114,23 @@ mod tests {
         let rows: Vec<[Vec<f32>; 2]> = (0u8..50)
             .map(|i| [vec![f32::from(i); 3], vec![-f32::from(i); 5]])
             .collect();
-        for (budget, spilled) in [(usize::MAX, false), (400, true), (0, true)] {
+        for (budget, held) in [(usize::MAX, 1600), (400, 0), (0, 0)] {
             let mut all = Matrices::new(2, budget);
             for row in &rows {
                 all.push(row).unwrap();
             }
-            assert_eq!(all.spilled(), spilled);
-            let found: Vec<Vec<f32>> = all
-                .into_columns()
-                .into_iter()
-                .map(|c| c.load().unwrap())
-                .collect();
-            for (at, found) in found.iter().enumerate() {
-                let expected: Vec<f32> = rows.iter().flat_map(|r| r[at].clone()).collect();
-                assert_eq!(*found, expected);
+            assert!(all.held() <= budget);
+            assert_eq!(
+                all.columns.iter().any(|c| matches!(c, Column::File(_))),
+                held == 0
+            );
+            for (at, column) in all.into_columns().into_iter().enumerate() {
+                let mut found = Vec::new();
+                column
+                    .each(rows[0][at].len(), |row| found.push(row.to_vec()))
+                    .unwrap();
+                let expected: Vec<Vec<f32>> = rows.iter().map(|r| r[at].clone()).collect();
+                assert_eq!(found, expected);
             }
         }
     }

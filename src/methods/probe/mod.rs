@@ -13,7 +13,6 @@ pub mod card;
 pub mod extract;
 pub mod fit;
 pub mod judge;
-pub mod lbfgs;
 pub mod matrices;
 pub mod metrics;
 pub mod ready;

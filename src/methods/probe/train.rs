@@ -17,7 +17,7 @@ use super::{
     card::{self, Card, FORMAT, Kind, Report, TensorFile},
     extract::{self, Part, Plan, Rows, Value},
     fit::{Fitted, Targets},
-    judge::{Judgement, Split, judge},
+    judge::{self, Judgement, Split, judge},
     matrices::{Column, Matrices},
     store::Weights,
 };
@@ -64,6 +64,7 @@ pub struct Training {
     handle: ModelHandle,
     plan: Arc<Plan>,
     matrices: Matrices,
+    terms: Terms,
     labels: Vec<Value>,
     types: Vec<u64>,
     parts: Vec<Option<Part>>,
@@ -83,11 +84,11 @@ pub struct Trained {
 /// Bounds of a training.
 #[derive(Clone, Copy, Debug)]
 pub struct Terms {
-    /// Memory for the vectors of all examples; more goes to temporary files.
+    /// Memory for the vectors of all examples and for fitting; what is more goes to temporary files, or waits.
     pub memory: usize,
     /// Largest capture.
     pub max_bytes: usize,
-    /// Hook points that are fitted at a time.
+    /// Most hook points that are fitted at a time.
     pub threads: usize,
 }
 
@@ -100,6 +101,7 @@ impl Training {
         let hooks = extract::hooks(handle.info(), &asked.hooks, "header")?;
         Ok(Self {
             matrices: Matrices::new(hooks.len(), terms.memory),
+            terms,
             plan: Arc::new(Plan {
                 hooks,
                 pooling: Some(asked.pooling),
@@ -179,7 +181,35 @@ impl Training {
         self.parts.extend(rows.labels.iter().map(|_| rows.part));
         self.labels.extend(rows.labels);
         self.types.extend(rows.types);
+        let one = self.bytes_of_a_fit(self.asked.labels.len());
+        if one > self.terms.memory {
+            return Err(EngineError::exhausted(
+                format!(
+                    "with this example, a fit takes {one} bytes, and trainings may take {}: raise --probe-memory, or give fewer examples",
+                    self.terms.memory
+                ),
+                None,
+            ));
+        }
         self.matrices.push(&rows.vectors).map_err(|e| spill(&e))
+    }
+
+    /// What is trained: by the labels unless said.
+    fn how(&self) -> How {
+        let by_labels = match self.labels.first() {
+            Some(Value::Number(_)) => How::Ridge { alpha: 1.0 },
+            Some(Value::Class(_)) | None => How::Logistic {
+                c: 1.0,
+                choices: Vec::new(),
+            },
+        };
+        self.asked.how.clone().unwrap_or(by_labels)
+    }
+
+    /// Of the widest hook point.
+    fn bytes_of_a_fit(&self, classes: usize) -> usize {
+        let width = self.plan.hooks.iter().map(|h| h.width).max().unwrap_or(0);
+        self.how().bytes(self.labels.len(), width, classes.max(1))
     }
 
     /// Fits and judges a probe for each hook point, so many at a time; `each` hears of them as they are done. Blocks.
@@ -187,19 +217,12 @@ impl Training {
     /// # Errors
     /// [`EngineError::FailedPrecondition`] for what the examples lack; [`EngineError::Cancelled`] when asked to stop.
     pub fn fit(
-        self,
-        threads: usize,
+        mut self,
         stop: &AtomicBool,
         each: impl Fn(&Report) + Sync,
     ) -> Result<Trained, EngineError> {
         let (targets, names) = targets(&self.asked, &self.labels)?;
-        let how = self.asked.how.clone().unwrap_or(match targets {
-            Targets::Classes(..) => How::Logistic {
-                c: 1.0,
-                choices: Vec::new(),
-            },
-            Targets::Numbers(_) => How::Ridge { alpha: 1.0 },
-        });
+        let how = self.how();
         let split = self.split(&targets);
         let named = split_name(&split);
         let judgement = Judgement {
@@ -208,7 +231,8 @@ impl Training {
             learning_curve: self.asked.learning_curve,
             seed: self.asked.seed,
         };
-        let rows = self.labels.len();
+        let one = self.bytes_of_a_fit(names.len());
+        let threads = at_a_time(&mut self.matrices, one, self.terms).map_err(|e| spill(&e))?;
         let work: Vec<(usize, Column)> = self
             .matrices
             .into_columns()
@@ -219,14 +243,11 @@ impl Training {
         let done = Mutex::new(Vec::new());
         let one = |at: usize, column: Column| -> Result<(), EngineError> {
             let hook = &self.plan.hooks[at];
-            let values = column.load().map_err(|e| spill(&e))?;
-            let values: Vec<f64> = values.into_iter().map(f64::from).collect();
-            let x = Array2::from_shape_vec((rows, hook.width), values)
-                .map_err(EngineError::internal)?;
+            let rows = rows_of(column, hook.width, &split).map_err(|e| spill(&e))?;
             let stopped = || stop.load(Ordering::Relaxed);
             let judged = judge(
                 &how,
-                x.view(),
+                &rows,
                 (&targets, &self.types),
                 &split,
                 judgement,
@@ -252,7 +273,7 @@ impl Training {
                 };
                 one(at, column)?;
             };
-            let workers: Vec<_> = (0..threads.max(1)).map(|_| scope.spawn(worker)).collect();
+            let workers: Vec<_> = (0..threads).map(|_| scope.spawn(worker)).collect();
             workers.into_iter().try_for_each(|w| {
                 w.join()
                     .map_err(|_| EngineError::internal("a fit panicked"))?
@@ -299,17 +320,52 @@ impl Training {
         if !self.parts.iter().any(Option::is_some) {
             return Split::drawn(targets, self.asked.test_fraction, self.asked.seed);
         }
-        let of = |part| {
+        let of = |part| -> Vec<usize> {
             let rows = self.parts.iter().enumerate();
             rows.filter(|(_, p)| **p == Some(part))
                 .map(|(at, _)| at)
                 .collect()
         };
-        Split {
-            train: of(Part::Train),
-            test: of(Part::Test),
+        Split::said(&of(Part::Train), of(Part::Test), self.asked.seed)
+    }
+}
+
+/// How many fits go on at a time beside what is held, which goes to the disk where no fit would find room.
+fn at_a_time(matrices: &mut Matrices, one: usize, terms: Terms) -> io::Result<usize> {
+    if matrices.held().saturating_add(one) > terms.memory {
+        matrices.spill()?;
+    }
+    let room = terms.memory.saturating_sub(matrices.held());
+    Ok((room / one.max(1)).clamp(1, terms.threads.max(1)))
+}
+
+/// The rows of both parts, each where its part has it.
+fn rows_of(column: Column, width: usize, split: &Split) -> io::Result<judge::Rows> {
+    let mut rows = judge::Rows {
+        train: Array2::zeros((split.train.len(), width)),
+        test: Array2::zeros((split.test.len(), width)),
+    };
+    let mut places = vec![(false, 0); split.train.len() + split.test.len()];
+    for (held_out, part) in [(false, &split.train), (true, &split.test)] {
+        for (to, row) in part.iter().enumerate() {
+            places[*row] = (held_out, to);
         }
     }
+    let mut places = places.into_iter();
+    column.each(width, |values| {
+        if let Some((held_out, to)) = places.next() {
+            let part = if held_out {
+                &mut rows.test
+            } else {
+                &mut rows.train
+            };
+            part.row_mut(to)
+                .iter_mut()
+                .zip(values)
+                .for_each(|(to, v)| *to = f64::from(*v));
+        }
+    })?;
+    Ok(rows)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

@@ -47,7 +47,6 @@ pub(super) struct Begun {
     training: Training,
     store: Store,
     explained: Explained,
-    terms: Terms,
 }
 
 /// Reads the header.
@@ -77,14 +76,13 @@ pub(super) fn begin(
             max_bytes: state.config.max_capture,
             threads: threads(),
         };
-        Ok((Training::begin(handle, asked, terms)?, store, terms))
+        Ok((Training::begin(handle, asked, terms)?, store))
     })();
     match begun {
-        Ok((training, store, terms)) => Ok(Begun {
+        Ok((training, store)) => Ok(Begun {
             training,
             store,
             explained,
-            terms,
         }),
         Err(error) => {
             explained.failed(&error);
@@ -119,7 +117,6 @@ pub(super) async fn run(
         training,
         store,
         explained,
-        terms,
     } = begun;
     let mut told = Told {
         sender,
@@ -130,7 +127,7 @@ pub(super) async fn run(
         },
         call,
     };
-    let done = work(&state, training, &store, terms, requests, &mut told);
+    let done = work(&state, training, &store, requests, &mut told);
     match done.await {
         Ok(result) => {
             if told.send(Message::Result(result)).await.is_ok() {
@@ -182,7 +179,6 @@ async fn work(
     state: &State,
     training: Training,
     store: &Store,
-    terms: Terms,
     requests: Streaming<pb::TrainRequest>,
     told: &mut Told,
 ) -> Result<pb::TrainResult, EngineError> {
@@ -191,7 +187,7 @@ async fn work(
     let training = collect(state, training, requests, told, &mut tick).await?;
     let name = training.asked().name.clone();
     let replace = training.asked().replace;
-    let trained = fit(training, terms, told, &mut tick).await?;
+    let trained = fit(training, told, &mut tick).await?;
     let stored = name.is_some();
     let card = if stored {
         let (store, Trained { card, weights }) = (store.clone(), trained);
@@ -275,7 +271,6 @@ async fn example(
 /// Fits on threads of its own, and tells of each hook point.
 async fn fit(
     training: Training,
-    terms: Terms,
     told: &mut Told,
     tick: &mut tokio::time::Interval,
 ) -> Result<Trained, EngineError> {
@@ -284,7 +279,7 @@ async fn fit(
     let (reports, mut heard) = mpsc::channel(training.plan().hooks.len().max(1));
     let mut fitting = tokio::task::spawn_blocking(move || {
         // There is room for all, and the listener outlives them unless the caller left.
-        training.fit(terms.threads, &flag, |report| {
+        training.fit(&flag, |report| {
             let _ = reports.try_send(report.clone());
         })
     });
