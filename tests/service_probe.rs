@@ -844,3 +844,89 @@ async fn a_caller_that_leaves_ends_a_training_and_leaves_nothing() {
     assert!(!d.repository.path().join(MODEL).join("probes").exists());
     d.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_memory_does_not_hold_goes_to_the_disk_and_what_fits_cannot_hold_is_refused() {
+    let d = demo().await;
+    let asked = |name: &str| pb::TrainHeader {
+        seed: 3,
+        ..header(name)
+    };
+    let whole = train(&d, asked(""), praise(120)).await.unwrap();
+    d.stop().await;
+    // 120 rows of 128 numbers: 61 kB for each of five hook points as they come, 123 kB and the curvature's 393 kB for a fit.
+    let with = |memory: usize| async move {
+        let repository = tempfile::tempdir().unwrap();
+        put(repository.path(), MODEL, &demo_model());
+        let d = TestDaemon::over(repository, |config| config.probe_memory = memory).await;
+        d.daemon.settled().await;
+        d
+    };
+    let d = with(540_000).await;
+    let spilled = train(&d, asked(""), praise(120)).await.unwrap();
+    let accuracies = |t: &Trained| -> Vec<f64> {
+        let reports = &t.result.probe.as_ref().unwrap().reports;
+        reports
+            .iter()
+            .map(|r| r.classes.as_ref().unwrap().accuracy)
+            .collect()
+    };
+    assert_eq!(accuracies(&spilled), accuracies(&whole));
+    d.stop().await;
+    let d = with(100_000).await;
+    let error = train(&d, asked("large"), praise(120)).await.unwrap_err();
+    assert_eq!(error.code(), Code::ResourceExhausted, "{error}");
+    assert!(error.message().contains("--probe-memory"), "{error}");
+    let found = score(&d, scoring("large", "x")).await.unwrap_err();
+    assert_eq!(found.code(), Code::NotFound, "nothing is stored");
+    d.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_not_finite_is_said_and_an_empty_text_is_a_text() {
+    let d = demo().await;
+    let mut examples = praise(40);
+    examples[6] = class("", "good");
+    let trained = train(&d, header("empty"), examples).await.unwrap();
+    let probe = trained.result.probe.unwrap();
+    assert_eq!(probe.train_examples + probe.test_examples, 40);
+    let said = score(&d, scoring("empty", "")).await.unwrap();
+    assert!(said.scores[0].input.as_ref().unwrap().values[0].is_finite());
+    d.stop().await;
+
+    let d = TestDaemon::with(&["vit.legacy14"]).await;
+    let picture = |value: f32, label: &str| {
+        let pixels = pb::Tensor {
+            name: "pixel_values".to_owned(),
+            dtype: pb::DType::F32.into(),
+            shape: vec![1, 3, 32, 32],
+            data: value.to_le_bytes().repeat(3 * 32 * 32).into(),
+            ..pb::Tensor::default()
+        };
+        pb::Example {
+            input: Some(pb::Input {
+                kind: Some(pb::input::Kind::Tensors(pb::NamedTensors {
+                    tensors: vec![pixels],
+                })),
+            }),
+            ..class("", label)
+        }
+    };
+    let asked = pb::TrainHeader {
+        model: "vit.legacy14".to_owned(),
+        ..header("pictures")
+    };
+    let examples = vec![picture(0.5, "light"), picture(f32::NAN, "dark")];
+    let error = train(&d, asked.clone(), examples).await.unwrap_err();
+    assert_eq!(error.code(), Code::FailedPrecondition, "{error}");
+    assert!(error.message().contains("not finite"), "{error}");
+    // The model serves on.
+    let examples = (0..20u8).map(|i| {
+        let dark = i % 2 == 0;
+        let value = f32::from(i) / 40.0 + if dark { -1.0 } else { 1.0 };
+        picture(value, if dark { "dark" } else { "light" })
+    });
+    let trained = train(&d, asked, examples.collect()).await.unwrap();
+    assert!(trained.result.stored);
+    d.stop().await;
+}

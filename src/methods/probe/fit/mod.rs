@@ -275,6 +275,71 @@ mod tests {
         }
     }
 
+    fn apart(a: &Fitted, b: &Fitted) -> f64 {
+        let numbers = |f: &Fitted| {
+            f.output
+                .weight
+                .iter()
+                .chain(&f.output.bias)
+                .copied()
+                .collect()
+        };
+        let (a, b): (Vec<f64>, Vec<f64>) = (numbers(a), numbers(b));
+        a.iter()
+            .zip(&b)
+            .fold(0f64, |m, (a, b)| m.max((a - b).abs()))
+    }
+
+    proptest::proptest! {
+        #![proptest_config(proptest::test_runner::Config::with_cases(24))]
+
+        #[test]
+        fn the_order_of_rows_changes_nothing(seed in 0u64..1000, width in 2usize..40) {
+            let (x, of) = blobs(60, width, 1.0, seed);
+            let order = Draws::new(seed).permutation(60);
+            let shuffled = x.select(ndarray::Axis(0), &order);
+            for how in [
+                How::Logistic { c: 1.0, choices: Vec::new() },
+                How::MeanDifference,
+                How::Pca,
+            ] {
+                let targets = Targets::Classes(of.clone(), 2);
+                let one = fit(&how, x.view(), &targets, 0, &never).unwrap();
+                let other = fit(&how, shuffled.view(), &targets.of(&order), 0, &never).unwrap();
+                proptest::prop_assert!(apart(&one, &other) < 1e-4, "{how:?}: {}", apart(&one, &other));
+            }
+        }
+
+        #[test]
+        fn rows_said_so_often_weigh_as_much_as_a_larger_c(seed in 0u64..1000, times in 2usize..5, c in 0.01f64..10.0) {
+            let (x, of) = blobs(40, 6, 1.0, seed);
+            let rows: Vec<usize> = (0..40 * times).map(|r| r % 40).collect();
+            let often = x.select(ndarray::Axis(0), &rows);
+            let targets = Targets::Classes(of, 2);
+            let said = |c: f64| How::Logistic { c, choices: Vec::new() };
+            let one = fit(&said(c * times as f64), x.view(), &targets, 0, &never).unwrap();
+            let other = fit(&said(c), often.view(), &targets.of(&rows), 0, &never).unwrap();
+            proptest::prop_assert!(apart(&one, &other) < 1e-4, "{}", apart(&one, &other));
+        }
+    }
+
+    #[test]
+    fn what_a_fit_takes_grows_with_its_rows_and_with_its_copies() {
+        let logistic = How::Logistic {
+            c: 1.0,
+            choices: Vec::new(),
+        };
+        assert_eq!(logistic.bytes(1000, 10, 2), 8 * (1000 * 12 + 3 * 100));
+        let ridge = How::Ridge { alpha: 1.0 };
+        assert!(ridge.bytes(1000, 10, 1) > 2 * 8 * 1000 * 10);
+        assert!(
+            How::MeanDifference.bytes(usize::MAX, 10, 2) >= usize::MAX / 2,
+            "it does not wrap"
+        );
+        // The 100,000 examples of MiniLM that a gibibyte has to hold.
+        assert!(logistic.bytes(100_000, 384, 2) < 1 << 30);
+    }
+
     #[test]
     fn what_cannot_be_fitted_says_why() {
         let x = Array2::zeros((4, 2));
