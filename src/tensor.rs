@@ -200,6 +200,15 @@ impl Tensor {
         self.bytes
     }
 
+    /// The same row so many times: the first axis, of extent one, gets another extent.
+    pub fn repeated(&self, rows: usize) -> Result<Tensor, TensorError> {
+        let mut shape = self.shape.clone();
+        if let Some(first) = shape.first_mut() {
+            *first = rows;
+        }
+        Tensor::new(self.dtype, shape, self.bytes.repeat(rows).into())
+    }
+
     /// Number of elements.
     pub fn elements(&self) -> usize {
         self.bytes.len() / self.dtype.size()

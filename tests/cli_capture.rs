@@ -67,6 +67,7 @@ async fn capture(server: &Server, tokens: &[u32], hooks: &[&str]) -> BTreeMap<St
             hooks: hooks.iter().map(|h| (*h).to_owned()).collect(),
             ..Selection::default()
         }),
+        intervention: None,
     };
     let mut stream = client.capture(request).await.unwrap().into_inner();
     let mut bytes: BTreeMap<String, (Vec<usize>, Vec<u8>)> = BTreeMap::new();

@@ -7,8 +7,18 @@ use std::{io::Read as _, net::TcpListener, process::Stdio};
 use cli_support::{NOBODY, command, fixture, repository, run};
 use serde_json::Value;
 
-const COMMANDS: [&str; 8] = [
-    "serve", "demo", "doctor", "inspect", "capture", "models", "tokenize", "predict",
+const COMMANDS: [&str; 11] = [
+    "serve",
+    "demo",
+    "doctor",
+    "inspect",
+    "capture",
+    "attribute",
+    "probe",
+    "intervene",
+    "models",
+    "tokenize",
+    "predict",
 ];
 
 #[test]

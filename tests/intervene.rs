@@ -58,7 +58,7 @@ impl Case {
     }
 
     fn intervened(&self, hooks: &BTreeSet<String>) -> Intervened {
-        intervene(&self.model, &self.anatomy, hooks)
+        intervene(&self.model, &self.anatomy, &BTreeMap::new(), hooks)
             .unwrap_or_else(|e| panic!("{}: {e}", self.name))
     }
 
@@ -155,6 +155,7 @@ fn a_row_moves_alone_and_by_its_own_tensor() {
                 model: case.model.clone(),
                 anatomy: case.anatomy.clone(),
                 points: Vec::new(),
+                edits: Vec::new(),
             },
             &hooks,
             &case.inputs,
@@ -212,7 +213,7 @@ fn what_cannot_be_moved_is_refused() {
     let case = case.unwrap();
     let refused = |hooks: &[&str]| {
         let hooks = hooks.iter().map(|h| (*h).to_owned()).collect();
-        let made = intervene(&case.model, &case.anatomy, &hooks);
+        let made = intervene(&case.model, &case.anatomy, &BTreeMap::new(), &hooks);
         made.map(|_| ()).unwrap_err().to_string()
     };
     assert!(refused(&["blocks.9.hook_resid_pre"]).contains("no hook point"));

@@ -309,3 +309,75 @@ async fn mistakes_are_named() {
         .unwrap();
     d.stop().await;
 }
+
+/// The direction of a probe in the place of the vector of an edit.
+fn along(name: &str, label: &str) -> pb::Vector {
+    pb::Vector {
+        of: Some(pb::vector::Of::Probe(pb::ProbeDirection {
+            name: name.to_owned(),
+            label: label.to_owned(),
+            ..pb::ProbeDirection::default()
+        })),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_its_direction_a_probe_says_its_bias_and_along_it_more() {
+    let models = ["bert.dynamo20", "gpt2.legacy14"];
+    let d = TestDaemon::with(&models).await;
+    for model in models {
+        bring(&d, model, "mean", pb::Pooling::Mean, &["no", "yes"]).await;
+        let plain = scored(&d, model, "mean").await.input.unwrap().values[0];
+        let ask = async |operation| {
+            let request = pb::ScoreRequest {
+                model: model.to_owned(),
+                probes: vec![pb::ProbeReference {
+                    name: "mean".to_owned(),
+                    ..pb::ProbeReference::default()
+                }],
+                of: about(model, &IDS, saliency(""))
+                    .input
+                    .map(pb::score_request::Of::Input),
+                intervention: Some(pb::Intervention {
+                    edits: vec![pb::Edit {
+                        hook: HOOK.to_owned(),
+                        operation: Some(operation),
+                        ..pb::Edit::default()
+                    }],
+                    ..pb::Intervention::default()
+                }),
+                ..pb::ScoreRequest::default()
+            };
+            client(&d).await.score(request).await
+        };
+        let value = |answer: tonic::Response<pb::ScoreResponse>| {
+            f64::from(answer.into_inner().scores.remove(0).input.unwrap().values[0])
+        };
+        let without = ask(pb::edit::Operation::ProjectOut(along("mean", ""))).await;
+        let without = value(without.unwrap());
+        assert!((without - 0.75).abs() < REWRITTEN, "{model}: {without}");
+        let add = pb::Add {
+            vector: Some(along("mean", "")),
+            scale: Some(2.0),
+        };
+        let more = value(ask(pb::edit::Operation::Add(add)).await.unwrap());
+        let square: f64 = (0..WIDTH)
+            .map(|i| f64::from((f32::from(i) * 1.7).sin()).powi(2))
+            .sum();
+        let wanted = f64::from(plain) + 2.0 * square;
+        assert!(
+            (more - wanted).abs() < REWRITTEN * wanted.abs(),
+            "{model}: {more} {wanted}"
+        );
+
+        let unknown = ask(pb::edit::Operation::ProjectOut(along("nobody", ""))).await;
+        assert_eq!(unknown.unwrap_err().code(), Code::NotFound);
+        let label = ask(pb::edit::Operation::ProjectOut(along("mean", "perhaps"))).await;
+        let error = label.unwrap_err();
+        assert_eq!(error.code(), Code::InvalidArgument);
+        let details = error.get_error_details();
+        let field = &details.bad_request().unwrap().field_violations[0].field;
+        assert_eq!(field, "intervention.edits[0].project_out.probe.label");
+    }
+    d.stop().await;
+}

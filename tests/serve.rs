@@ -184,6 +184,7 @@ impl Serve {
                 hooks: vec!["pattern".into()],
                 ..pb::Selection::default()
             }),
+            intervention: None,
         };
         let mut stream = client.capture(request).await?.into_inner();
         while stream.message().await?.is_some() {}

@@ -21,9 +21,12 @@ use tonic_health::pb::{
 
 const BERT: &str = "bert.legacy14";
 const GPT2: &str = "gpt2.legacy14";
-const SERVICES: [&str; 4] = [
+const SERVICES: [&str; 7] = [
     "",
     "introspect.v1.CaptureService",
+    "introspect.v1.AttributionService",
+    "introspect.v1.ProbeService",
+    "introspect.v1.InterventionService",
     "introspect.v1.ModelService",
     "inference.GRPCInferenceService",
 ];

@@ -244,6 +244,7 @@ async fn a_probe_is_trained_at_every_layer_stored_and_scored() {
                 hooks: vec![probe.best.clone()],
                 ..pb::Selection::default()
             }),
+            intervention: None,
         })
         .await
         .unwrap();
@@ -499,6 +500,7 @@ async fn probes_leave_and_come_as_files_and_as_plain_weights() {
                 pooling: pb::Pooling::Mean.into(),
                 ..pb::Selection::default()
             }),
+            intervention: None,
         })
         .await
         .unwrap();

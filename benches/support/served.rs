@@ -211,6 +211,7 @@ pub fn capture(model: &str, row: &[i64], hooks: &[String]) -> pb::CaptureRequest
             logits: pb::Logits::All.into(),
             ..pb::Selection::default()
         }),
+        intervention: None,
     }
 }
 

@@ -10,8 +10,9 @@ use tonic::transport::{Channel, Endpoint};
 use super::{error::CliError, local::Local};
 use crate::service::wire::introspect::{
     attribution_service_client::AttributionServiceClient,
-    capture_service_client::CaptureServiceClient, model_service_client::ModelServiceClient,
-    probe_service_client::ProbeServiceClient,
+    capture_service_client::CaptureServiceClient,
+    intervention_service_client::InterventionServiceClient,
+    model_service_client::ModelServiceClient, probe_service_client::ProbeServiceClient,
 };
 
 /// Longest wait for a connection.
@@ -113,6 +114,12 @@ impl Session {
     /// Calls for probes.
     pub(super) fn probes(&self) -> ProbeServiceClient<Channel> {
         ProbeServiceClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE_LIMIT)
+    }
+
+    /// Calls for interventions.
+    pub(super) fn interventions(&self) -> InterventionServiceClient<Channel> {
+        InterventionServiceClient::new(self.channel.clone())
+            .max_decoding_message_size(MESSAGE_LIMIT)
     }
 
     /// Calls for captures.

@@ -16,6 +16,7 @@ mod doctor;
 mod error;
 mod http;
 mod inspect;
+mod intervene;
 mod local;
 mod models;
 mod out;
@@ -44,6 +45,7 @@ Examples:
     introspectd capture bert \"Some text\" -o some-text.npz
     introspectd attribute bert \"Some text\"
     introspectd probe train bert --data labelled.tsv
+    introspectd intervene bert \"Some text\" --edit 'z[layer=3;head=1] zero'
   Without a daemon:
     introspectd capture ./models/bert \"Some text\"
   When something is wrong:
@@ -81,6 +83,9 @@ enum Command {
     /// Train small models on hidden states, judge them, store them and score by them
     #[command(after_help = probe::EXAMPLES)]
     Probe(probe::ProbeArgs),
+    /// Change parts of a model while it runs, and see what that changes of its prediction
+    #[command(after_help = intervene::EXAMPLES)]
+    Intervene(Box<intervene::InterveneArgs>),
     /// List, load, unload and reload the models of a daemon
     #[command(after_help = models::EXAMPLES)]
     Models(models::ModelsArgs),
@@ -123,6 +128,7 @@ async fn run(command: &Command) -> Result<(), CliError> {
         Command::Capture(args) => capture::run(args).await,
         Command::Attribute(args) => attribute::run(args).await,
         Command::Probe(args) => probe::run(args).await,
+        Command::Intervene(args) => intervene::run(args).await,
         Command::Models(args) => models::run(args).await,
         Command::Tokenize(args) => text::tokenize(args).await,
         Command::Predict(args) => text::predict(args).await,

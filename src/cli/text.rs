@@ -184,6 +184,7 @@ async fn predictions(
                 candidates: args.top,
                 ..Default::default()
             }),
+            intervention: None,
         };
         answers.push(capture::capture(session.captures(), request).await?);
     }

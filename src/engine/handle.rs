@@ -11,6 +11,7 @@ use tokio::sync::oneshot;
 use super::{
     admission::{Permit, Refused, exposed_bytes},
     backend::{Backend, Fault},
+    edits::Edits,
     error::EngineError,
     generation::{Counts, Generation, ended},
     now,
@@ -30,6 +31,8 @@ const UNKNOWN_EXTENT: usize = 1024;
 pub struct ModelHandle {
     generation: Arc<Generation>,
     _lease: Arc<Lease>,
+    /// What every row of this handle is run with.
+    edits: Option<Arc<Edits>>,
 }
 
 /// Dropped with the last handle.
@@ -47,8 +50,20 @@ impl ModelHandle {
             _lease: Arc::new(Lease {
                 _last_one_out: last_one_out,
             }),
+            edits: None,
         };
         (handle, drained)
+    }
+
+    /// The same model with hook points edited in every row, in the place of what this handle edits. Whatever is asked of it is asked of
+    /// the edited model.
+    #[must_use]
+    pub fn edited(&self, edits: Edits) -> Self {
+        let edits = (!edits.is_empty()).then(|| Arc::new(edits));
+        Self {
+            edits,
+            ..self.clone()
+        }
     }
 
     /// What is known of the model.
@@ -127,7 +142,15 @@ impl ModelHandle {
     /// [`EngineError::Unavailable`] when the worker is gone. Errors of the run come through the stream.
     pub async fn submit(&self, job: Job, ctx: &Ctx) -> Result<RowStream, EngineError> {
         let ticket = Ticket::take(self.generation.counts.clone());
-        match self.admit(job, ctx).await {
+        let job = match &self.edits {
+            Some(edits) => edits.applied(job),
+            None => Ok(job),
+        };
+        let admitted = match job {
+            Ok(job) => self.admit(job, ctx).await,
+            Err(error) => Err(error),
+        };
+        match admitted {
             Ok(admitted) => admitted.queue(ticket),
             Err(error) => {
                 ticket.end(outcome(&error));

@@ -7,7 +7,7 @@
 //! A variant may have inputs beside those of the model: [`ModelInputs::of_variant`]. Those that move a hook point broadcast: along any axis
 //! but the batch they may have an extent of one. Left out, they move nothing.
 //!
-//! Padding: token ids with the pad id, scales with ones, everything else with zeros, so that the mask hides it. Rows that a model of
+//! Padding: token ids with the pad id, operands of edits with what changes nothing, everything else with zeros, so that the mask hides it. Rows that a model of
 //! fixed batch size wants beyond those that are there repeat the last row (a row of zeros would have nothing to attend to).
 
 use std::{ops::Range, sync::Arc};
@@ -97,7 +97,8 @@ pub struct Planned<'a> {
     input: &'a Input,
     slices: &'a [Slice<'a>],
     longest: usize,
-    pad: i64,
+    /// What stands in the padding, in the bytes of the dtype; the first `dtype.size()` of eight.
+    pad: [u8; 8],
 }
 
 impl ModelInputs {
@@ -133,7 +134,7 @@ impl ModelInputs {
     /// # Errors
     /// [`EngineError::FailedPrecondition`] for a hook point whose axes nobody knows.
     pub fn of_variant(&self, spec: &VariantSpec, info: &ModelInfo) -> Result<Self, EngineError> {
-        if spec.intervene.is_empty() && spec.gradient.is_none() {
+        if spec.edit.is_empty() && spec.intervene.is_empty() && spec.gradient.is_none() {
             return Ok(self.clone());
         }
         let mut inputs = self.inputs.to_vec();
@@ -145,6 +146,14 @@ impl ModelInputs {
                 ))
             })
         };
+        for (name, stages) in &spec.edit {
+            let hook = hook(name)?;
+            for (number, stage) in stages.iter().enumerate() {
+                for (input, rest) in stage.inputs(number, name) {
+                    inputs.push(Input::moving(input, hook, Some(rest)));
+                }
+            }
+        }
         for name in &spec.intervene {
             let hook = hook(name)?;
             inputs.push(Input::moving(format!("scale:{name}"), hook, Some(1.0)));
@@ -309,11 +318,11 @@ impl ModelInputs {
                     slices,
                     longest,
                     pad: match (input.role, input.rest) {
-                        (InputRole::TokenIds, _) => self.pad_id,
-                        // Zero or one.
-                        (_, Some(rest)) => i64::from(rest != 0.0),
-                        (_, None) => 0,
-                    },
+                        (InputRole::TokenIds, _) => encode(self.pad_id, input.dtype),
+                        (_, Some(rest)) => encode_float(rest, input.dtype),
+                        (_, None) => None,
+                    }
+                    .unwrap_or_default(),
                 }
             })
             .collect()
@@ -569,8 +578,7 @@ impl Planned<'_> {
 
     /// Writes the tensor; `out` has [`Planned::bytes`] bytes.
     pub fn write(&self, out: &mut [u8]) {
-        let pad = encode(self.pad, self.dtype).unwrap_or_default();
-        let pad = &pad[..self.dtype.size()];
+        let pad = &self.pad[..self.dtype.size()];
         if !self.input.batched {
             if let Some(slice) = self.slices.first() {
                 let tensor = &slice.rows.tensors[self.index];
@@ -638,6 +646,15 @@ fn encode(value: i64, dtype: DType) -> Option<[u8; 8]> {
         DType::U8 => bytes[..1].copy_from_slice(&u8::try_from(value).ok()?.to_le_bytes()),
         DType::Bool => bytes[0] = u8::from(value != 0),
     }
+    Some(bytes)
+}
+
+/// A number in the bytes of a float's dtype; the first `dtype.size()` of eight.
+fn encode_float(value: f32, dtype: DType) -> Option<[u8; 8]> {
+    let one = Tensor::from_f32(vec![1], &[value]).ok()?;
+    let one = one.cast_float(dtype).ok()?;
+    let mut bytes = [0; 8];
+    bytes[..dtype.size()].copy_from_slice(one.bytes());
     Some(bytes)
 }
 

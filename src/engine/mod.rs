@@ -24,6 +24,7 @@ pub mod backend;
 pub mod batch;
 mod calls;
 pub mod config;
+pub mod edits;
 pub mod error;
 pub mod generation;
 pub mod handle;
@@ -47,6 +48,7 @@ use std::{
 
 pub use backend::{Launcher, LoadError};
 pub use config::EngineConfig;
+pub use edits::Edits;
 pub use error::EngineError;
 pub use generation::{Generation, Loaded};
 pub use handle::ModelHandle;

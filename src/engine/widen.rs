@@ -78,7 +78,7 @@ pub fn widen(spec: &VariantSpec, info: &ModelInfo) -> VariantSpec {
 }
 
 /// A hook point's name without its layer: `blocks.3.attn.hook_q` is of the kind `attn.hook_q`.
-fn kind(name: &str) -> &str {
+pub(super) fn kind(name: &str) -> &str {
     name.strip_prefix("blocks.")
         .and_then(|rest| rest.split_once('.'))
         .map_or(name, |(_, kind)| kind)

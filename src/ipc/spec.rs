@@ -27,12 +27,39 @@ pub struct VariantSpec {
     /// Whether the model's own outputs are computed too. `false` lets the runtime stop at the last exposed
     /// value (early exit).
     pub keep_outputs: bool,
-    /// Hook points that are moved at run time. The variant then has the inputs `scale:NAME` and `shift:NAME` for each.
+    /// Hook points that are edited at run time, in stages. The variant then has the inputs of [`Stage::inputs`] for each.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub edit: BTreeMap<String, Vec<Stage>>,
+    /// Hook points that a method moves at run time, behind the edits. The variant then has the inputs `scale:NAME` and `shift:NAME` for each.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub intervene: BTreeSet<String>,
     /// What is differentiated, if anything.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gradient: Option<GradientSpec>,
+}
+
+/// A stage of an edit: a value goes in, another of the same shape comes out. Left out, its inputs change nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stage {
+    /// `x * scale + shift`; a scale of zero puts the shift in the place of whatever stands there.
+    Move,
+    /// `x - sum(x * onto) onto`, summed over the last axis: what points along `onto`, of length one, goes.
+    Project,
+    /// `min(max(x, low), high)`
+    Clamp,
+}
+
+impl Stage {
+    /// Names of the inputs of the stage of this number at a hook point, with the number that changes nothing.
+    pub fn inputs(self, number: usize, hook: &str) -> Vec<(String, f32)> {
+        let of = |what: &str, rest| (format!("edit{number}.{what}:{hook}"), rest);
+        match self {
+            Stage::Move => vec![of("scale", 1.0), of("shift", 0.0)],
+            Stage::Project => vec![of("onto", 0.0)],
+            Stage::Clamp => vec![of("low", f32::NEG_INFINITY), of("high", f32::INFINITY)],
+        }
+    }
 }
 
 /// The gradient of an objective, a number per row.
@@ -137,6 +164,7 @@ impl VariantSpec {
             plan: Plan::Plain,
             expose: BTreeSet::new(),
             keep_outputs: true,
+            edit: BTreeMap::new(),
             intervene: BTreeSet::new(),
             gradient: None,
         }

@@ -9,11 +9,13 @@
 //! - [`predict`]: what the model's output says;
 //! - [`capture`]: all of these in a row;
 //! - [`attribute`]: what each part of the input contributes to a number that the model computes;
+//! - [`intervene`]: parts of the model edited while it runs, for any of these, and what that changes of the answer;
 //! - [`probe`]: small models that read a property off a hook point, trained, stored and scored.
 
 pub mod attribute;
 pub mod capture;
 pub mod input;
+pub mod intervene;
 pub mod predict;
 pub mod probe;
 pub mod reduce;

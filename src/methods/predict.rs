@@ -20,6 +20,15 @@ pub enum Places {
     Every,
 }
 
+/// Scores of a run, and where they were read.
+#[derive(Clone, Debug)]
+pub struct Scores {
+    /// Where.
+    pub places: Places,
+    /// `[label]`, or `[place, label]`.
+    pub scores: Tensor,
+}
+
 /// One thing that the model could have meant.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Candidate {

@@ -138,9 +138,14 @@ fn kind(canonical: &str) -> &str {
     canonical.rsplit('.').next().unwrap_or(canonical)
 }
 
+/// `hook_z`, `z` and `attn.hook_z` mean `blocks.0.attn.hook_z`, in every layer.
 fn is_kind(name: &str, canonical: &str) -> bool {
     let kind = kind(canonical);
-    kind == name || kind.strip_prefix("hook_") == Some(name)
+    let of_block = canonical
+        .strip_prefix("blocks.")
+        .and_then(|rest| rest.split_once('.'))
+        .map(|(_, place)| place);
+    kind == name || kind.strip_prefix("hook_") == Some(name) || of_block == Some(name)
 }
 
 /// `*` stands for any run of characters.

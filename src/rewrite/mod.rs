@@ -3,7 +3,7 @@
 //! - [`expose()`]: hook points become outputs under canonical axes; with `keep_outputs` off everything that they do not
 //!   need is pruned (early exit).
 //! - [`observe`]: raw values become outputs, for the trials.
-//! - [`intervene()`]: hook points become movable, `x := x * scale + shift`.
+//! - [`intervene()`]: hook points become editable in stages (move, project, clamp) and movable, `x := x * scale + shift`.
 //! - [`gradient`]: the reverse-mode graph of a sum of an output.
 //! - [`variant()`]: all of these together, as a [`VariantSpec`](crate::ipc::spec::VariantSpec) asks for them.
 //!

@@ -49,9 +49,10 @@ pub fn variant(
 ) -> Result<Variant, RewriteError> {
     let mut inputs = Vec::new();
     let (mut model, mut anatomy) = (model.clone(), anatomy.clone());
-    if !spec.intervene.is_empty() {
-        let made = intervene(&model, &anatomy, &spec.intervene)?;
+    if !spec.edit.is_empty() || !spec.intervene.is_empty() {
+        let made = intervene(&model, &anatomy, &spec.edit, &spec.intervene)?;
         (model, anatomy) = (made.model, made.anatomy);
+        inputs.extend(made.edits);
         for point in made.points {
             inputs.extend([point.scale, point.shift].map(|name| (name, point.dtype)));
         }

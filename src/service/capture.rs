@@ -139,7 +139,11 @@ impl State {
         let handle = self.registry.get(&model)?;
         let explained = Explained::new(&model, method, call.arrived);
         let started = async {
+            let intervention = request.intervention.clone();
             let (_, question): (_, Question) = from_proto::capture(request)?;
+            let handle = self
+                .edited(&handle, intervention, &question.input, (lane, ctx))
+                .await?;
             let terms = Terms {
                 max_bytes: self.config.max_capture,
                 lane,
@@ -156,7 +160,7 @@ impl State {
     }
 }
 
-fn header(started: &Started) -> pb::CaptureHeader {
+pub(super) fn header(started: &Started) -> pb::CaptureHeader {
     let handle = started.handle();
     let info = handle.info();
     pb::CaptureHeader {

@@ -18,6 +18,7 @@ use super::{
     capture::Captures,
     edge::Edge,
     inference::{Inference, Statistics},
+    intervention::Interventions,
     listener::{self, Limits},
     models::Models,
     probe::ProbesOf,
@@ -25,7 +26,8 @@ use super::{
     wire::{
         self, inference::grpc_inference_service_server as oip,
         introspect::attribution_service_server, introspect::capture_service_server,
-        introspect::model_service_server, introspect::probe_service_server,
+        introspect::intervention_service_server, introspect::model_service_server,
+        introspect::probe_service_server,
     },
 };
 use crate::{
@@ -42,11 +44,12 @@ use crate::{
 };
 
 /// Services whose health is told, beside the daemon's own ("").
-const SERVICES: [&str; 5] = [
+const SERVICES: [&str; 6] = [
     "introspect.v1.ModelService",
     "introspect.v1.CaptureService",
     "introspect.v1.AttributionService",
     "introspect.v1.ProbeService",
+    "introspect.v1.InterventionService",
     "inference.GRPCInferenceService",
 ];
 /// How long the workers may take to end once every call is over.
@@ -331,6 +334,9 @@ fn routes(state: &Arc<State>, health: &HealthReporter) -> Result<Routes, StartEr
     let attributions = Attributions {
         state: state.clone(),
     };
+    let interventions = Interventions {
+        state: state.clone(),
+    };
     let probes = ProbesOf {
         state: state.clone(),
     };
@@ -348,6 +354,9 @@ fn routes(state: &Arc<State>, health: &HealthReporter) -> Result<Routes, StartEr
             attribution_service_server::AttributionServiceServer::new(attributions)
         ))
         .add_service(ours!(probe_service_server::ProbeServiceServer::new(probes)))
+        .add_service(ours!(
+            intervention_service_server::InterventionServiceServer::new(interventions)
+        ))
         .add_service(ours!(oip::GrpcInferenceServiceServer::new(inference)))
         .add_service(tonic_health::pb::health_server::HealthServer::new(health))
         .add_service(reflection().build_v1()?)

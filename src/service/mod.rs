@@ -23,6 +23,7 @@ mod edge;
 mod explained;
 mod from_proto;
 mod inference;
+mod intervention;
 mod listener;
 mod messages;
 mod models;

@@ -282,6 +282,7 @@ pub fn request(model: &str, kind: pb::input::Kind, selection: pb::Selection) -> 
         model: model.to_owned(),
         input: Some(pb::Input { kind: Some(kind) }),
         selection: Some(selection),
+        intervention: None,
     }
 }
 

@@ -105,6 +105,7 @@ pub(super) async fn run(args: &AttributeArgs) -> Result<(), CliError> {
         baseline: Some(args.question.baseline()?),
         features: Some(args.question.features()?),
         seed: args.method.seed,
+        intervention: None,
     };
     let (session, model) = Session::for_model(&args.target, &args.model).await?;
     request.model = model;

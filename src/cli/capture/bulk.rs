@@ -69,6 +69,7 @@ pub(super) async fn run(args: &CaptureArgs, file: &Path) -> Result<(), CliError>
         model: model.clone(),
         input: Some(args.texts.input(text)),
         selection: Some(selection.clone()),
+        intervention: None,
     };
     let mut bulk = Bulk::new(&mut sink, bar.clone());
     let result = bulk.run(&session, queue, request).await;

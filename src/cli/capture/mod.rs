@@ -146,6 +146,7 @@ pub(super) async fn run(args: &CaptureArgs) -> Result<(), CliError> {
         model,
         input: Some(input),
         selection: Some(args.selection.selection(hooks)),
+        intervention: None,
     };
     let captured = capture(session.captures(), request).await;
     session.close().await;

@@ -251,6 +251,7 @@ fn request(text: &str) -> CaptureRequest {
             hooks: ["pattern", "hidden_states.*"].map(String::from).to_vec(),
             ..Default::default()
         }),
+        intervention: None,
     }
 }
 

@@ -378,6 +378,7 @@ async fn score(args: &ScoreArgs) -> Result<(), CliError> {
         })),
         per_token: args.per_token,
         predict: args.predict,
+        intervention: None,
     };
     let answer = session.probes().score(request).await;
     session.close().await;

@@ -140,6 +140,17 @@ fn spanned(spans: &[Span], tokens: &[Token]) -> Result<Vec<Feature>, EngineError
             "is empty: give at least one span",
         ));
     }
+    within(spans, tokens)
+}
+
+/// The tokens of each span, none of them in two.
+///
+/// # Errors
+/// With the field `spans[n]`.
+pub(in crate::methods) fn within(
+    spans: &[Span],
+    tokens: &[Token],
+) -> Result<Vec<Feature>, EngineError> {
     let mut taken = vec![false; tokens.len()];
     let mut listed = Vec::with_capacity(spans.len());
     for (at, span) in spans.iter().enumerate() {

@@ -354,7 +354,7 @@ impl Subject {
             if inputs.iter().all(|i| i.name != given.name) {
                 let info = self.info().inputs.iter().find(|i| i.name == given.name);
                 let tensor = if info.is_none_or(batched) {
-                    repeated(&given.tensor, rows)?
+                    given.tensor.repeated(rows).map_err(EngineError::internal)?
                 } else {
                     given.tensor.clone()
                 };
@@ -446,15 +446,6 @@ fn batched(input: &InputInfo) -> bool {
         Some(axis) => *axis == Axis::Batch,
         None => input.dims.first().is_some_and(Option::is_none),
     }
-}
-
-/// A row so many times.
-fn repeated(row: &Tensor, rows: usize) -> Result<Tensor, EngineError> {
-    let mut shape = row.shape().to_vec();
-    if let Some(first) = shape.first_mut() {
-        *first = rows;
-    }
-    Tensor::new(row.dtype(), shape, row.bytes().repeat(rows).into()).map_err(EngineError::internal)
 }
 
 /// The floats of an answer's tensor.

@@ -593,7 +593,11 @@ fn length(prepared: &Prepared) -> Option<usize> {
 }
 
 /// A position counted from the front.
-pub(super) fn at(position: i32, length: Option<usize>, field: &str) -> Result<u32, EngineError> {
+pub(in crate::methods) fn at(
+    position: i32,
+    length: Option<usize>,
+    field: &str,
+) -> Result<u32, EngineError> {
     let Some(length) = length else {
         return u32::try_from(position).map_err(|_| {
             EngineError::invalid(

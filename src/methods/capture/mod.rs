@@ -12,7 +12,7 @@ use plan::{Output, Wanted};
 
 use super::{
     input::{self, Input, Prepared},
-    predict::{self, Places, Prediction},
+    predict::{self, Places, Prediction, Scores},
     reduce::{self, Keep, Pooling, Sparse},
     select,
 };
@@ -145,6 +145,8 @@ pub struct Captured {
     pub items: Vec<Item>,
     /// What the model predicts, where it was asked for.
     pub prediction: Option<Prediction>,
+    /// What it was read from.
+    pub scores: Option<Scores>,
     /// Where the time went.
     pub timings: StageTimings,
     /// Tensors with a value that is NaN or infinite and no mask.
@@ -274,6 +276,7 @@ impl Started {
         };
         let mut items = reduced(self.wanted, tensors, self.dtype).await?;
         let mut prediction = None;
+        let mut read_from = None;
         if let (Some(output), Some(scores)) = (self.output, scores) {
             let info = self.handle.info().clone();
             if let Some(places) = &output.places {
@@ -285,6 +288,10 @@ impl Started {
                 let mut read = predict::read(&info, &of_places, places, self.candidates)?;
                 predict::spell(&self.handle, &mut read, ctx).await?;
                 prediction = Some(read);
+                read_from = Some(Scores {
+                    places: places.clone(),
+                    scores: of_places,
+                });
             }
             if output.sent {
                 items.push(Item {
@@ -298,6 +305,7 @@ impl Started {
         Ok(Captured {
             items,
             prediction,
+            scores: read_from,
             timings,
             non_finite,
             notes: notes(self.handle.info(), &self.names),

@@ -130,11 +130,21 @@ impl AttributionService for Attributions {
                 None => Ok(None),
             };
             let readout = readout.map_err(|e| e.beneath("request"))?;
+            let intervention = request
+                .request
+                .as_ref()
+                .and_then(|r| r.intervention.clone());
             let (model, evaluation) = from_proto::evaluation(request, readout)?;
             let handle = state.registry.get(&model)?;
             let explained = Explained::new(&model, "evaluate", call.arrived);
             let terms = state.terms(Lane::Interactive);
-            match evaluate::begin(&handle, &evaluation, terms, &ctx).await {
+            let begun = async {
+                let input = &evaluation.question.input;
+                let edited = state.edited(&handle, intervention, input, (terms.lane, &ctx));
+                let edited = edited.await.map_err(|e| e.beneath("request"))?;
+                evaluate::begin(&edited, &evaluation, terms, &ctx).await
+            };
+            match begun.await {
                 Ok(all) => Ok((all, evaluation, explained)),
                 Err(error) => {
                     explained.failed(&error);
@@ -200,10 +210,16 @@ impl State {
         lane: Lane,
     ) -> Result<Begun, EngineError> {
         let readout = self.readout(&request).await?;
+        let intervention = request.intervention.clone();
         let (model, question) = from_proto::question(request, readout)?;
         let handle = self.registry.get(&model)?;
         let explained = Explained::new(&model, question.method.name(), call.arrived);
-        match attribute::start(&handle, question, self.terms(lane), ctx).await {
+        let begun = async {
+            let edited = self.edited(&handle, intervention, &question.input, (lane, ctx));
+            let edited = edited.await?;
+            attribute::start(&edited, question.clone(), self.terms(lane), ctx).await
+        };
+        match begun.await {
             Ok(started) => Ok(Begun { started, explained }),
             Err(error) => {
                 explained.failed(&error);

@@ -300,6 +300,12 @@ pub(super) fn score(request: pb::ScoreRequest) -> Result<Score> {
                     "hidden states of the caller are scored by one probe",
                 ));
             }
+            if request.intervention.is_some() {
+                return Err(EngineError::invalid(
+                    "intervention",
+                    "nothing is run for hidden states of the caller",
+                ));
+            }
             if request.predict {
                 return Err(EngineError::invalid(
                     "predict",

@@ -228,6 +228,7 @@ impl State {
         request: pb::ScoreRequest,
         (lane, ctx): (Lane, &Ctx),
     ) -> Result<score::Scored, EngineError> {
+        let intervention = request.intervention.clone();
         let question = from_proto::score(request)?;
         let asked = self
             .asked(handle, question.probes, |at| format!("probes[{at}]"))
@@ -239,7 +240,8 @@ impl State {
         };
         match (question.of, &asked[..]) {
             (from_proto::Of::Input(input), asked) => {
-                score::score(handle, asked, input, wanted, (lane, ctx)).await
+                let edited = self.edited(handle, intervention, &input, (lane, ctx));
+                score::score(&edited.await?, asked, input, wanted, (lane, ctx)).await
             }
             (from_proto::Of::Hidden(hidden), [asked, ..]) => {
                 score::score_hidden(asked, &hidden, wanted.per_token)

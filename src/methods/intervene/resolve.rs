@@ -1,0 +1,523 @@
+//! From edits to stages and operands: finds the places, and makes the values that stand there.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use futures::future::BoxFuture;
+
+use super::{
+    Edit, Intervention, Operation, Vector,
+    operand::{Grid, Staged, follow, given},
+    site::{Site, sites},
+};
+use crate::{
+    engine::{Ctx, Edits, EngineError, Job, Lane, ModelHandle, NamedTensor, PickSpec, RowGroup},
+    ipc::{
+        info::ModelInfo,
+        spec::{Stage, VariantSpec},
+    },
+    methods::{
+        attribute::{draw::Draws, target::at},
+        input::{self, Input, Prepared},
+    },
+    tensor::Tensor,
+};
+
+/// Inputs of a mean that are in the queue at a time.
+const AT_A_TIME: usize = 32;
+
+/// What to run a model with, so that it is changed as the intervention says for this input.
+///
+/// # Errors
+/// With paths of fields that begin at the request: `intervention.edits[2].heads`, `input...`.
+pub async fn resolve(
+    handle: &ModelHandle,
+    intervention: &Intervention,
+    input: &Input,
+    (lane, ctx): (Lane, &Ctx),
+) -> Result<Edits, EngineError> {
+    let prepared = input::prepare(handle, input.clone(), ctx)
+        .await
+        .map_err(|e| e.beneath("input"))?;
+    let resolver = Resolver {
+        handle,
+        info: handle.info(),
+        intervention,
+        lane,
+        ctx,
+    };
+    resolver
+        .edits(&intervention.edits, &prepared, "intervention.edits", &[])
+        .await
+}
+
+struct Resolver<'a> {
+    handle: &'a ModelHandle,
+    info: &'a ModelInfo,
+    intervention: &'a Intervention,
+    lane: Lane,
+    ctx: &'a Ctx,
+}
+
+/// What stood at hook points in a run, by name, and how many positions it had.
+struct Run {
+    values: BTreeMap<String, Grid>,
+    length: Option<usize>,
+}
+
+impl Resolver<'_> {
+    /// `within` are the sources that these edits are made for.
+    fn edits<'b>(
+        &'b self,
+        edits: &'b [Edit],
+        row: &'b Prepared,
+        field: &'b str,
+        within: &'b [String],
+    ) -> BoxFuture<'b, Result<Edits, EngineError>> {
+        Box::pin(async move {
+            let length = row.group.length;
+            let mut places = Vec::with_capacity(edits.len());
+            for (n, edit) in edits.iter().enumerate() {
+                let found = sites(self.info, edit, &row.tokens, length);
+                places.push(found.map_err(|e| e.beneath(&format!("{field}[{n}]")))?);
+            }
+            let runs = self.sources(edits, &places, field, within).await?;
+            let mut stages: BTreeMap<String, Vec<Staged>> = BTreeMap::new();
+            for (n, (edit, sites)) in edits.iter().zip(&places).enumerate() {
+                let made = self.staged(edit, sites, &runs, length).await;
+                let made = made.map_err(|e| e.beneath(&format!("{field}[{n}]")))?;
+                for (site, staged) in sites.iter().zip(made) {
+                    follow(stages.entry(site.hook.clone()).or_default(), staged);
+                }
+            }
+            self.operands(stages)
+        })
+    }
+
+    /// The stages with their operands as inputs of a row.
+    fn operands(&self, staged: BTreeMap<String, Vec<Staged>>) -> Result<Edits, EngineError> {
+        let mut stages = BTreeMap::new();
+        let mut inputs = Vec::new();
+        for (name, all) in staged {
+            let hook = self.info.hook(&name);
+            let dtype = hook
+                .map(|h| h.dtype)
+                .ok_or_else(|| EngineError::internal(format!("hook point \"{name}\" is gone")))?;
+            for (number, Staged { stage, operands }) in all.iter().enumerate() {
+                for ((name, _), grid) in stage.inputs(number, &name).into_iter().zip(operands) {
+                    let mut shape = vec![1];
+                    shape.extend(&grid.shape);
+                    let tensor = Tensor::from_f32(shape, &grid.values)
+                        .and_then(|t| t.cast_float(dtype))
+                        .map_err(EngineError::internal)?;
+                    inputs.push(NamedTensor { name, tensor });
+                }
+            }
+            let kinds: Vec<Stage> = all.iter().map(|s| s.stage).collect();
+            stages.insert(name, kinds);
+        }
+        Ok(Edits::new(self.info, stages, inputs))
+    }
+
+    /// Runs every source that these edits name, once.
+    async fn sources(
+        &self,
+        edits: &[Edit],
+        places: &[Vec<Site>],
+        field: &str,
+        within: &[String],
+    ) -> Result<BTreeMap<String, Run>, EngineError> {
+        let mut wanted: BTreeMap<&String, (String, BTreeSet<String>)> = BTreeMap::new();
+        for (n, (edit, sites)) in edits.iter().zip(places).enumerate() {
+            if let Operation::Interchange { source, .. } = &edit.operation {
+                let field = || format!("{field}[{n}].interchange.source");
+                let (_, hooks) = wanted
+                    .entry(source)
+                    .or_insert_with(|| (field(), BTreeSet::new()));
+                hooks.extend(sites.iter().map(|s| s.hook.clone()));
+            }
+        }
+        let mut runs = BTreeMap::new();
+        for (name, (field, hooks)) in wanted {
+            let Some(source) = self.intervention.sources.get(name) else {
+                let known: Vec<&String> = self.intervention.sources.keys().collect();
+                return Err(EngineError::invalid(
+                    field,
+                    format!("there is no source \"{name}\": the sources are {known:?}"),
+                ));
+            };
+            let mut chain = within.to_vec();
+            chain.push(name.clone());
+            if within.contains(name) {
+                return Err(EngineError::invalid(
+                    field,
+                    format!("a source is made from itself: {}", chain.join(" from ")),
+                ));
+            }
+            let here = format!("intervention.sources[\"{name}\"]");
+            let prepared = input::prepare(self.handle, source.input.clone(), self.ctx)
+                .await
+                .map_err(|e| e.beneath(&format!("{here}.input")))?;
+            let edits = format!("{here}.edits");
+            let edits = self.edits(&source.edits, &prepared, &edits, &chain).await?;
+            let length = prepared.group.length;
+            let handle = self.handle.edited(edits);
+            let hooks: Vec<String> = hooks.into_iter().collect();
+            let mut values = BTreeMap::new();
+            self.run(&handle, vec![prepared.group], &hooks, |hook, grid| {
+                values.insert(hook.to_owned(), grid);
+            })
+            .await?;
+            runs.insert(name.clone(), Run { values, length });
+        }
+        Ok(runs)
+    }
+
+    /// The stage of an edit at each of its hook points.
+    async fn staged(
+        &self,
+        edit: &Edit,
+        sites: &[Site],
+        runs: &BTreeMap<String, Run>,
+        length: Option<usize>,
+    ) -> Result<Vec<Staged>, EngineError> {
+        let zero = |site: &Site| Grid::one(site.axes.len(), 0.0);
+        let each = |make: &dyn Fn(&Site) -> Result<Staged, EngineError>| {
+            sites.iter().map(make).collect::<Result<Vec<_>, _>>()
+        };
+        match &edit.operation {
+            Operation::Zero => each(&|site| replaced(site, &zero(site), "zero")),
+            Operation::Set(values) => {
+                let values = given(values, "set")?;
+                each(&|site| replaced(site, &values, "set"))
+            }
+            Operation::Scale(factor) => {
+                finite(*factor, "scale")?;
+                each(&|site| {
+                    let scale = Grid::one(site.axes.len(), *factor);
+                    Ok(Staged::moved(
+                        spread(&scale, site, 1.0, "scale")?,
+                        zero(site),
+                    ))
+                })
+            }
+            Operation::Mean(inputs) => {
+                let means = self.means(inputs, sites, length, "mean.inputs").await?;
+                let pairs = sites.iter().zip(&means);
+                pairs
+                    .map(|(site, mean)| replaced(site, &mean.cut(&site.chosen), "mean"))
+                    .collect()
+            }
+            Operation::Add { vector, scale } => {
+                finite(*scale, "add.scale")?;
+                let vectors = self.vectors(vector, sites, length, "add").await?;
+                let pairs = sites.iter().zip(&vectors);
+                pairs
+                    .map(|(site, vector)| added(site, &vector.times(*scale), "add"))
+                    .collect()
+            }
+            Operation::Noise { deviation, seed } => {
+                finite(*deviation, "noise.deviation")?;
+                let mut draws = Draws::new(*seed);
+                let mut staged = Vec::with_capacity(sites.len());
+                for site in sites {
+                    let shape = site.edited();
+                    let values = draws.noise(shape.iter().product(), f64::from(*deviation));
+                    staged.push(added(site, &Grid { shape, values }, "noise")?);
+                }
+                Ok(staged)
+            }
+            Operation::Interchange { source, positions } => {
+                let run = runs.get(source).ok_or_else(|| {
+                    EngineError::internal(format!("source \"{source}\" was not run"))
+                })?;
+                each(&|site| interchanged(site, run, positions, length))
+            }
+            Operation::ProjectOut(vector) => {
+                let vectors = self.vectors(vector, sites, length, "project_out").await?;
+                let pairs = sites.iter().zip(&vectors);
+                pairs
+                    .map(|(site, vector)| projected(site, vector))
+                    .collect()
+            }
+            Operation::Clamp { low, high } => {
+                if low.is_nan() || high.is_nan() || low > high {
+                    return Err(EngineError::invalid(
+                        "clamp",
+                        format!(
+                            "has the bounds {low} and {high}: the first must not be above the second"
+                        ),
+                    ));
+                }
+                each(&|site| {
+                    let rank = site.axes.len();
+                    let bound = |at: f32, rest| spread(&Grid::one(rank, at), site, rest, "clamp");
+                    Ok(Staged {
+                        stage: Stage::Clamp,
+                        operands: vec![
+                            bound(*low, f32::NEG_INFINITY)?,
+                            bound(*high, f32::INFINITY)?,
+                        ],
+                    })
+                })
+            }
+        }
+    }
+
+    /// A vector at each site, as it broadcasts to what is edited there.
+    async fn vectors(
+        &self,
+        vector: &Vector,
+        sites: &[Site],
+        length: Option<usize>,
+        field: &str,
+    ) -> Result<Vec<Grid>, EngineError> {
+        match vector {
+            Vector::Given(values) => {
+                let values = given(values, &format!("{field}.values"))?;
+                Ok(sites.iter().map(|_| values.clone()).collect())
+            }
+            Vector::Difference { positive, negative } => {
+                let field = format!("{field}.difference");
+                let more = self
+                    .means(positive, sites, length, &format!("{field}.positive"))
+                    .await?;
+                let less = self
+                    .means(negative, sites, length, &format!("{field}.negative"))
+                    .await?;
+                let pairs = sites.iter().zip(more.iter().zip(&less));
+                Ok(pairs
+                    .map(|(site, (more, less))| more.with(less, |a, b| a - b).cut(&site.chosen))
+                    .collect())
+            }
+        }
+    }
+
+    /// The mean at each site over inputs, and over positions unless the site is an attention's.
+    async fn means(
+        &self,
+        inputs: &[Input],
+        sites: &[Site],
+        length: Option<usize>,
+        field: &str,
+    ) -> Result<Vec<Grid>, EngineError> {
+        if inputs.is_empty() {
+            return Err(EngineError::invalid(
+                field,
+                "is empty: give at least one input",
+            ));
+        }
+        let attention = sites.iter().any(Site::is_attention);
+        let hooks: Vec<String> = sites.iter().map(|s| s.hook.clone()).collect();
+        let mut sums: BTreeMap<String, (Vec<usize>, Vec<f64>, usize)> = BTreeMap::new();
+        for (chunk, some) in inputs.chunks(AT_A_TIME).enumerate() {
+            let mut groups = Vec::with_capacity(some.len());
+            for (n, input) in some.iter().enumerate() {
+                let here = format!("{field}[{}]", chunk * AT_A_TIME + n);
+                let prepared = input::prepare(self.handle, input.clone(), self.ctx).await;
+                let prepared = prepared.map_err(|e| e.beneath(&here))?;
+                if attention && prepared.group.length != length {
+                    return Err(EngineError::invalid(
+                        here,
+                        format!(
+                            "has {} tokens and the input {}: the mean of an attention is over texts of one length",
+                            prepared.group.length.unwrap_or_default(),
+                            length.unwrap_or_default()
+                        ),
+                    ));
+                }
+                groups.push(prepared.group);
+            }
+            self.run(self.handle, groups, &hooks, |hook, grid| {
+                let over = sites.iter().find(|s| s.hook == hook);
+                let over = over.and_then(Site::positions).filter(|_| !attention);
+                let (shape, rows) = grid.by(over);
+                let (_, sum, count) = sums
+                    .entry(hook.to_owned())
+                    .or_insert_with(|| (shape, vec![0.0; rows[0].len()], 0));
+                for row in &rows {
+                    for (sum, value) in sum.iter_mut().zip(row) {
+                        *sum += f64::from(*value);
+                    }
+                }
+                *count += rows.len();
+            })
+            .await?;
+        }
+        hooks
+            .iter()
+            .map(|hook| {
+                let (shape, sum, count) = sums.get(hook).ok_or_else(|| {
+                    EngineError::internal(format!("\"{hook}\" came back from no run"))
+                })?;
+                #[allow(clippy::cast_possible_truncation)] // as precise as what it is the mean of
+                let values = sum.iter().map(|s| (s / *count as f64) as f32).collect();
+                Ok(Grid {
+                    shape: shape.clone(),
+                    values,
+                })
+            })
+            .collect()
+    }
+
+    /// Runs rows for what stands at hook points.
+    async fn run(
+        &self,
+        handle: &ModelHandle,
+        groups: Vec<RowGroup>,
+        hooks: &[String],
+        mut each: impl FnMut(&str, Grid),
+    ) -> Result<(), EngineError> {
+        let picks: Vec<PickSpec> = hooks
+            .iter()
+            .map(|hook| PickSpec {
+                output: hook.clone(),
+                ..PickSpec::default()
+            })
+            .collect();
+        let job = Job {
+            spec: VariantSpec {
+                keep_outputs: false,
+                ..VariantSpec::exposing(hooks)
+            },
+            lane: self.lane,
+            groups: groups
+                .into_iter()
+                .map(|group| RowGroup {
+                    picks: picks.clone(),
+                    ..group
+                })
+                .collect(),
+        };
+        let mut rows = handle.submit(job, self.ctx).await?;
+        while let Some(done) = rows.next().await {
+            for (hook, tensor) in hooks.iter().zip(done?.tensors) {
+                let values = tensor.to_f32().map_err(EngineError::internal)?.into_owned();
+                let shape = tensor.shape().to_vec();
+                each(hook, Grid { shape, values });
+            }
+        }
+        Ok(())
+    }
+}
+
+fn finite(value: f32, field: &str) -> Result<(), EngineError> {
+    if value.is_finite() {
+        return Ok(());
+    }
+    Err(EngineError::invalid(
+        field,
+        format!("is {value}: give a finite number"),
+    ))
+}
+
+fn spread(grid: &Grid, site: &Site, rest: f32, field: &str) -> Result<Grid, EngineError> {
+    grid.spread(site, rest)
+        .map_err(|why| EngineError::invalid(field, why))
+}
+
+/// These values in the place of what stands there.
+fn replaced(site: &Site, values: &Grid, field: &str) -> Result<Staged, EngineError> {
+    let gone = Grid::one(site.axes.len(), 0.0);
+    Ok(Staged::moved(
+        spread(&gone, site, 1.0, field)?,
+        spread(values, site, 0.0, field)?,
+    ))
+}
+
+/// These values added to what stands there.
+fn added(site: &Site, values: &Grid, field: &str) -> Result<Staged, EngineError> {
+    let stays = Grid::one(site.axes.len(), 1.0);
+    Ok(Staged::moved(stays, spread(values, site, 0.0, field)?))
+}
+
+/// What stood there in the run of a source.
+fn interchanged(
+    site: &Site,
+    run: &Run,
+    positions: &[i32],
+    length: Option<usize>,
+) -> Result<Staged, EngineError> {
+    let values = run
+        .values
+        .get(&site.hook)
+        .ok_or_else(|| EngineError::internal(format!("\"{}\" came back from no run", site.hook)))?;
+    let mut from = site.chosen.clone();
+    match (positions, site.positions()) {
+        ([], _) if run.length == length => {}
+        ([], _) => {
+            return Err(EngineError::invalid(
+                "interchange.positions",
+                format!(
+                    "is needed: the source has {} tokens and the input {}; name the position of the source for each that is edited",
+                    run.length.unwrap_or_default(),
+                    length.unwrap_or_default()
+                ),
+            ));
+        }
+        (_, Some(axis)) if !site.is_attention() || run.length == length => {
+            let edited = site.edited()[axis];
+            if positions.len() != edited {
+                return Err(EngineError::invalid(
+                    "interchange.positions",
+                    format!(
+                        "has {} entries for {edited} positions that are edited",
+                        positions.len()
+                    ),
+                ));
+            }
+            let each = positions.iter().enumerate();
+            let named = each.map(|(n, p)| {
+                at(*p, run.length, &format!("interchange.positions[{n}]")).map(|p| p as usize)
+            });
+            from[axis] = Some(named.collect::<Result<Vec<_>, _>>()?);
+        }
+        (_, Some(_)) => {
+            return Err(EngineError::invalid(
+                "interchange.positions",
+                format!(
+                    "cannot map \"{}\", which has as many keys as the row has tokens: give a source of the same length",
+                    site.hook
+                ),
+            ));
+        }
+        (_, None) => {
+            return Err(EngineError::invalid(
+                "interchange.positions",
+                format!("are given, and \"{}\" has no positions", site.hook),
+            ));
+        }
+    }
+    replaced(site, &values.cut(&from), "interchange")
+}
+
+/// What points along a vector goes.
+fn projected(site: &Site, vector: &Grid) -> Result<Staged, EngineError> {
+    const FIELD: &str = "project_out";
+    let last = site.axes.len() - 1;
+    let width = site.extents[last];
+    if site.axes[last].is_token() || site.chosen[last].is_some() {
+        return Err(EngineError::invalid(
+            FIELD,
+            format!(
+                "takes the whole last axis of a hook point of features, and this is a part of \"{}\" or an attention",
+                site.hook
+            ),
+        ));
+    }
+    if vector.shape.last() != Some(&width) {
+        return Err(EngineError::invalid(
+            FIELD,
+            format!(
+                "has the shape {:?}, and \"{}\" has {width} numbers at each position",
+                vector.shape, site.hook
+            ),
+        ));
+    }
+    let unit = vector
+        .unit(width)
+        .ok_or_else(|| EngineError::invalid(FIELD, "has a direction of length zero"))?;
+    Ok(Staged {
+        stage: Stage::Project,
+        operands: vec![spread(&unit, site, 0.0, FIELD)?],
+    })
+}
