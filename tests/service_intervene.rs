@@ -723,3 +723,237 @@ async fn bad_edits_name_their_field() {
         .unwrap();
     d.stop().await;
 }
+
+/// The header, the rows and the summary of a sweep.
+async fn swept(
+    d: &TestDaemon,
+    request: pb::SweepRequest,
+) -> Result<(pb::SweepHeader, Vec<pb::SweepRow>, pb::Summary), Status> {
+    let mut client = InterventionServiceClient::new(d.channel().await);
+    let mut stream = client.sweep(request).await?.into_inner();
+    let (mut header, mut rows, mut summary) = (None, Vec::new(), None);
+    while let Some(message) = stream.message().await? {
+        match message.item.unwrap() {
+            pb::sweep_response::Item::Header(h) => header = Some(h),
+            pb::sweep_response::Item::Row(r) => rows.push(r),
+            pb::sweep_response::Item::Summary(s) => summary = Some(s),
+        }
+    }
+    Ok((header.unwrap(), rows, summary.unwrap()))
+}
+
+fn floats(tensor: Option<&pb::Tensor>) -> Vec<f32> {
+    let data = &tensor.unwrap().data;
+    let each = data.chunks_exact(4);
+    each.map(|b| f32::from_le_bytes(b.try_into().unwrap()))
+        .collect()
+}
+
+fn chosen(index: u32) -> Option<pb::Target> {
+    let choice = pb::Choice {
+        what: Some(pb::choice::What::Index(index)),
+        position: None,
+    };
+    Some(pb::Target {
+        of: Some(pb::target::Of::Choice(choice)),
+        ..pb::Target::default()
+    })
+}
+
+/// The score of a label at the last place.
+fn score(values: &[f32], width: usize, index: usize) -> f32 {
+    values[values.len() - width + index]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sweep_is_every_edit_by_itself() {
+    let d = TestDaemon::with(&MODELS).await;
+    for model in MODELS {
+        let info = d.model(model).await;
+        let width = match info.labels.len() {
+            0 => usize::try_from(info.dims.unwrap().vocab.unwrap()).unwrap(),
+            n => n,
+        };
+        let ask = |hook: &str, by: pb::SweepBy, change| pb::SweepRequest {
+            model: model.to_owned(),
+            input: Some(tokens(&IDS)),
+            target: chosen(1),
+            hook: hook.to_owned(),
+            by: by.into(),
+            change: Some(change),
+            ..pb::SweepRequest::default()
+        };
+        let one = async |intervention| {
+            let answer = ask_scores(&d, model, intervention).await;
+            score(&answer, width, 1)
+        };
+        use pb::sweep_request::Change;
+
+        // Heads, zeroed.
+        let zero = Change::Zero(pb::Zero {});
+        let (header, rows, summary) = swept(&d, ask("attn.hook_z", pb::SweepBy::Head, zero))
+            .await
+            .unwrap();
+        assert_eq!(header.hooks.len(), rows.len());
+        assert_eq!(header.rows, 4 * rows.len() as u64);
+        assert_eq!(summary.rows, header.rows + 1);
+        for (layer, row) in rows.iter().enumerate() {
+            let effects = floats(row.effects.as_ref());
+            for head in [0u32, 3] {
+                let alone = pb::Edit {
+                    layers: vec![u32::try_from(layer).unwrap()],
+                    heads: vec![head],
+                    ..edit("attn.hook_z", Op::Zero(pb::Zero {}))
+                };
+                let wanted = f64::from(one(edits(vec![alone])).await) - header.value;
+                let off = (f64::from(effects[head as usize]) - wanted).abs();
+                assert!(off < f64::from(REWRITTEN), "{model} {layer} {head}: {off}");
+            }
+        }
+
+        // Positions of the stream, patched from another run: everything together restores everything.
+        let patch = Change::Patch(tokens(&OTHER));
+        let (header, rows, _) = swept(&d, ask("hook_resid_post", pb::SweepBy::Position, patch))
+            .await
+            .unwrap();
+        let restored = header.source_value.unwrap() - header.value;
+        let row = &rows[0];
+        let (effects, parts) = (
+            floats(row.effects.as_ref()),
+            floats(row.normalized.as_ref()),
+        );
+        assert_eq!(effects.len(), IDS.len());
+        for position in [1i32, 5] {
+            let alone = pb::Edit {
+                positions: vec![position],
+                ..edit(&row.hook, interchange())
+            };
+            let wanted = f64::from(one(from(&OTHER, vec![alone])).await) - header.value;
+            let at = usize::try_from(position).unwrap();
+            assert!((f64::from(effects[at]) - wanted).abs() < f64::from(REWRITTEN));
+            assert!((f64::from(parts[at]) - wanted / restored).abs() < f64::from(REWRITTEN));
+        }
+        let patch = Change::Patch(tokens(&OTHER));
+        let whole = ask("hook_resid_post", pb::SweepBy::Unspecified, patch);
+        let (_, rows, _) = swept(&d, whole).await.unwrap();
+        for row in rows {
+            let all = floats(row.normalized.as_ref());
+            assert!((all[0] - 1.0).abs() < REWRITTEN, "{model}: {all:?}");
+        }
+
+        // Neurons, put to their mean.
+        let mean = Change::Mean(pb::Mean {
+            inputs: vec![tokens(&OTHER)],
+        });
+        let neurons = pb::SweepRequest {
+            layers: vec![1],
+            ..ask("mlp.hook_post", pb::SweepBy::Dim, mean)
+        };
+        let (header, rows, _) = swept(&d, neurons).await.unwrap();
+        let effects = floats(rows[0].effects.as_ref());
+        assert_eq!((rows.len(), effects.len()), (1, 64));
+        let alone = pb::Edit {
+            dims: vec![17],
+            ..edit(
+                &rows[0].hook,
+                Op::Mean(pb::Mean {
+                    inputs: vec![tokens(&OTHER)],
+                }),
+            )
+        };
+        let wanted = f64::from(one(edits(vec![alone])).await) - header.value;
+        assert!((f64::from(effects[17]) - wanted).abs() < f64::from(REWRITTEN));
+    }
+    d.stop().await;
+}
+
+/// All scores of the changed model.
+async fn ask_scores(d: &TestDaemon, model: &str, intervention: pb::Intervention) -> Vec<f32> {
+    let mut request = ids(model, &IDS, all(&[]));
+    request.intervention = Some(intervention);
+    let output = d.model(model).await.main_output;
+    d.capture(request).await.unwrap().values(&output)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bad_sweeps_name_their_field() {
+    use pb::sweep_request::Change;
+    let d = TestDaemon::with(&["bert.legacy14"]).await;
+    let good = || pb::SweepRequest {
+        model: "bert.legacy14".to_owned(),
+        input: Some(tokens(&IDS)),
+        hook: "attn.hook_z".to_owned(),
+        by: pb::SweepBy::Head.into(),
+        change: Some(Change::Zero(pb::Zero {})),
+        ..pb::SweepRequest::default()
+    };
+    swept(&d, good()).await.unwrap();
+    let cases = [
+        (
+            pb::SweepRequest {
+                hook: "nothing".to_owned(),
+                ..good()
+            },
+            "hook",
+        ),
+        (
+            pb::SweepRequest {
+                layers: vec![9],
+                ..good()
+            },
+            "layers[0]",
+        ),
+        (pb::SweepRequest { by: 77, ..good() }, "by"),
+        (
+            pb::SweepRequest {
+                hook: "hook_resid_pre".to_owned(),
+                ..good()
+            },
+            "by",
+        ),
+        (
+            pb::SweepRequest {
+                change: None,
+                ..good()
+            },
+            "change",
+        ),
+        (
+            pb::SweepRequest {
+                change: Some(Change::Mean(pb::Mean::default())),
+                ..good()
+            },
+            "mean.inputs",
+        ),
+        (
+            pb::SweepRequest {
+                change: Some(Change::Patch(tokens(&[2, 5, 3]))),
+                ..good()
+            },
+            "patch",
+        ),
+        (
+            pb::SweepRequest {
+                target: chosen(99),
+                ..good()
+            },
+            "target.choice.index",
+        ),
+        (
+            pb::SweepRequest {
+                input: None,
+                ..good()
+            },
+            "input",
+        ),
+    ];
+    for (request, wanted) in cases {
+        let error = swept(&d, request.clone()).await.unwrap_err();
+        assert_eq!(field(&error), wanted, "{request:?}: {error}");
+    }
+    let short = TestDaemon::tuned(&["bert.legacy14"], |c| c.max_rows = 11).await;
+    let error = swept(&short, good()).await.unwrap_err();
+    assert_eq!(error.code(), Code::ResourceExhausted, "{error}");
+    short.stop().await;
+    d.stop().await;
+}

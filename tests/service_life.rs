@@ -27,6 +27,7 @@ const SERVICES: [&str; 7] = [
     "introspect.v1.AttributionService",
     "introspect.v1.ProbeService",
     "introspect.v1.InterventionService",
+    "introspect.v1.AnalysisService",
     "introspect.v1.ModelService",
     "inference.GRPCInferenceService",
 ];

@@ -9,6 +9,7 @@ use tonic::transport::{Channel, Endpoint};
 
 use super::{error::CliError, local::Local};
 use crate::service::wire::introspect::{
+    analysis_service_client::AnalysisServiceClient,
     attribution_service_client::AttributionServiceClient,
     capture_service_client::CaptureServiceClient,
     intervention_service_client::InterventionServiceClient,
@@ -120,6 +121,11 @@ impl Session {
     pub(super) fn interventions(&self) -> InterventionServiceClient<Channel> {
         InterventionServiceClient::new(self.channel.clone())
             .max_decoding_message_size(MESSAGE_LIMIT)
+    }
+
+    /// Calls for analyses.
+    pub(super) fn analyses(&self) -> AnalysisServiceClient<Channel> {
+        AnalysisServiceClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE_LIMIT)
     }
 
     /// Calls for captures.

@@ -14,6 +14,7 @@ mod client;
 mod demo;
 mod doctor;
 mod error;
+mod files;
 mod http;
 mod inspect;
 mod intervene;

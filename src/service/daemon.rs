@@ -14,6 +14,7 @@ use tonic::{codec::CompressionEncoding, service::Routes};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 use super::{
+    analysis::Analyses,
     attribution::Attributions,
     capture::Captures,
     edge::Edge,
@@ -24,7 +25,7 @@ use super::{
     probe::ProbesOf,
     watched::Stalls,
     wire::{
-        self, inference::grpc_inference_service_server as oip,
+        self, inference::grpc_inference_service_server as oip, introspect::analysis_service_server,
         introspect::attribution_service_server, introspect::capture_service_server,
         introspect::intervention_service_server, introspect::model_service_server,
         introspect::probe_service_server,
@@ -44,12 +45,13 @@ use crate::{
 };
 
 /// Services whose health is told, beside the daemon's own ("").
-const SERVICES: [&str; 6] = [
+const SERVICES: [&str; 7] = [
     "introspect.v1.ModelService",
     "introspect.v1.CaptureService",
     "introspect.v1.AttributionService",
     "introspect.v1.ProbeService",
     "introspect.v1.InterventionService",
+    "introspect.v1.AnalysisService",
     "inference.GRPCInferenceService",
 ];
 /// How long the workers may take to end once every call is over.
@@ -337,6 +339,9 @@ fn routes(state: &Arc<State>, health: &HealthReporter) -> Result<Routes, StartEr
     let interventions = Interventions {
         state: state.clone(),
     };
+    let analyses = Analyses {
+        state: state.clone(),
+    };
     let probes = ProbesOf {
         state: state.clone(),
     };
@@ -357,6 +362,9 @@ fn routes(state: &Arc<State>, health: &HealthReporter) -> Result<Routes, StartEr
         .add_service(ours!(
             intervention_service_server::InterventionServiceServer::new(interventions)
         ))
+        .add_service(ours!(analysis_service_server::AnalysisServiceServer::new(
+            analyses
+        )))
         .add_service(ours!(oip::GrpcInferenceServiceServer::new(inference)))
         .add_service(tonic_health::pb::health_server::HealthServer::new(health))
         .add_service(reflection().build_v1()?)

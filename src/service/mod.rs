@@ -1,7 +1,7 @@
 //! The gRPC edge: the only code of the daemon that names tonic and our wire types.
 //!
 //! ```text
-//!  connection ─▶ listener ─▶ edge ─▶ routes ─▶ capture │ attribution │ probe │ models │ inference │ health │ reflection
+//!  connection ─▶ listener ─▶ edge ─▶ routes ─▶ capture │ attribution │ intervention │ analysis │ probe │ models │ inference │ health │ reflection
 //!                  │           │                 │
 //!                  limits      deadline,         from_proto ─▶ methods, model ─▶ to_proto
 //!                  keepalive   metrics, stalls
@@ -13,6 +13,7 @@
 //!   from errors to codes;
 //! - `bulk` answers many inputs over one stream; `messages` cuts answers into bounded pieces and signs them with a checksum.
 
+mod analysis;
 mod attribution;
 mod bulk;
 mod call;

@@ -7,6 +7,7 @@ pub mod attribution;
 pub mod canvas;
 pub mod colour;
 pub mod curve;
+pub mod grid;
 pub mod page;
 pub mod png;
 pub mod terminal;

@@ -285,7 +285,7 @@ impl Compared {
 }
 
 /// Inputs that move a hook point.
-pub(super) fn moved(
+pub(in crate::methods) fn moved(
     info: &ModelInfo,
     hook: &str,
     scale: (Vec<usize>, &[f32]),

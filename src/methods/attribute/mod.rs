@@ -32,7 +32,7 @@ pub mod regression;
 pub mod shapley;
 mod site;
 pub mod smooth;
-mod subject;
+pub(in crate::methods) mod subject;
 pub mod target;
 
 pub use baseline::Baseline;

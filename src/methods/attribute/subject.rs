@@ -32,8 +32,8 @@ const BYTES_AT_A_TIME: usize = 16 << 20;
 
 /// A row, the number that is explained, and what was spent on it so far.
 #[derive(Debug)]
-pub(super) struct Subject {
-    pub(super) handle: ModelHandle,
+pub(in crate::methods) struct Subject {
+    pub(in crate::methods) handle: ModelHandle,
     pub(super) ctx: Ctx,
     pub(super) lane: Lane,
     pub(super) row: RowGroup,
@@ -41,7 +41,7 @@ pub(super) struct Subject {
     pub(super) objective: Objective,
     /// Moves the site of a gradient before anything else does: see [`super::site`].
     pub(super) nudge: Option<Vec<f32>>,
-    pub(super) spent: Spent,
+    pub(in crate::methods) spent: Spent,
     progress: watch::Sender<Partial>,
 }
 
@@ -81,7 +81,7 @@ struct Queued {
 
 /// What runs are to show of a row. The tensors of an answer come in this order: the objective, gradients, hook points by name.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Show {
+pub(in crate::methods) struct Show {
     /// Hook points that the inputs move.
     pub(super) intervene: BTreeSet<String>,
     /// The number that is explained.
@@ -96,7 +96,7 @@ pub(super) struct Show {
 
 impl Show {
     /// The objective alone.
-    pub(super) fn objective() -> Self {
+    pub(in crate::methods) fn objective() -> Self {
         Self {
             objective: true,
             ..Self::default()
@@ -104,14 +104,14 @@ impl Show {
     }
 
     /// The same with a hook point moved.
-    pub(super) fn moving(mut self, hook: &str) -> Self {
+    pub(in crate::methods) fn moving(mut self, hook: &str) -> Self {
         self.intervene.insert(hook.to_owned());
         self
     }
 }
 
 impl Subject {
-    pub(super) fn new(
+    pub(in crate::methods) fn new(
         handle: ModelHandle,
         (row, tokens): (RowGroup, Vec<Token>),
         objective: Objective,
@@ -237,7 +237,7 @@ impl Subject {
     }
 
     /// A number for each of `rows` variations: the objective.
-    pub(super) async fn values(
+    pub(in crate::methods) async fn values(
         &mut self,
         show: &Show,
         extent: (usize, usize),

@@ -137,7 +137,7 @@ pub struct Objective {
 ///
 /// # Errors
 /// With paths of fields that begin at the target. [`EngineError::FailedPrecondition`] for a model without scores of labels.
-pub(super) async fn resolve(
+pub(in crate::methods) async fn resolve(
     handle: &ModelHandle,
     target: &Target,
     prepared: &mut Prepared,

@@ -38,19 +38,33 @@ pub async fn resolve(
     let prepared = input::prepare(handle, input.clone(), ctx)
         .await
         .map_err(|e| e.beneath("input"))?;
-    let resolver = Resolver {
+    resolver(handle, intervention, (lane, ctx))
+        .edits(&intervention.edits, &prepared, "intervention.edits", &[])
+        .await
+}
+
+/// What makes the values of edits.
+pub(super) fn resolver<'a>(
+    handle: &'a ModelHandle,
+    intervention: &'a Intervention,
+    (lane, ctx): (Lane, &'a Ctx),
+) -> Resolver<'a> {
+    Resolver {
         handle,
         info: handle.info(),
         intervention,
         lane,
         ctx,
-    };
-    resolver
-        .edits(&intervention.edits, &prepared, "intervention.edits", &[])
-        .await
+    }
 }
 
-struct Resolver<'a> {
+/// What an edit does at one hook point.
+pub(super) struct Placed {
+    pub(super) site: Site,
+    pub(super) staged: Staged,
+}
+
+pub(super) struct Resolver<'a> {
     handle: &'a ModelHandle,
     info: &'a ModelInfo,
     intervention: &'a Intervention,
@@ -91,6 +105,24 @@ impl Resolver<'_> {
             }
             self.operands(stages)
         })
+    }
+
+    /// What one edit does at each of its hook points, in the order of the graph. Paths of fields begin at the edit.
+    pub(super) async fn places(
+        &self,
+        edit: &Edit,
+        row: &Prepared,
+    ) -> Result<Vec<Placed>, EngineError> {
+        let length = row.group.length;
+        let sites = sites(self.info, edit, &row.tokens, length)?;
+        let (edits, places) = (std::slice::from_ref(edit), [sites]);
+        let runs = self.sources(edits, &places, "edits", &[]).await?;
+        let staged = self.staged(edit, &places[0], &runs, length).await?;
+        let [sites] = places;
+        let pairs = sites.into_iter().zip(staged);
+        Ok(pairs
+            .map(|(site, staged)| Placed { site, staged })
+            .collect())
     }
 
     /// The stages with their operands as inputs of a row.

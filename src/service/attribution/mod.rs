@@ -1,7 +1,7 @@
 //! `introspect.v1.AttributionService`.
 
 mod from_proto;
-mod to_proto;
+pub(super) mod to_proto;
 
 use std::{pin::Pin, sync::Arc, time::Duration};
 
@@ -26,8 +26,12 @@ use super::{
 };
 use crate::{
     engine::{Ctx, EngineError, Lane, StageTimings},
-    methods::attribute::{
-        self, Attributed, Evaluated, Features, Started, Terms, evaluate, target::Readout,
+    methods::{
+        attribute::{
+            self, Attributed, Evaluated, Features, Started, Target, Terms, evaluate,
+            target::Readout,
+        },
+        input::Input,
     },
     telemetry::names,
     tensor::Tensor,
@@ -199,6 +203,24 @@ impl State {
             position: given.position,
             ..readout
         }))
+    }
+
+    /// The model, the input and the number that a request is about.
+    pub(super) async fn explained_number(
+        &self,
+        model: String,
+        input: Option<pb::Input>,
+        target: Option<pb::Target>,
+    ) -> Result<(String, Input, Target), EngineError> {
+        let request = pb::AttributeRequest {
+            model,
+            input,
+            target,
+            ..pb::AttributeRequest::default()
+        };
+        let readout = self.readout(&request).await?;
+        let (model, question) = from_proto::question(request, readout)?;
+        Ok((model, question.input, question.target))
     }
 
     /// Validates an explanation and runs its input once. Errors of a known model are recorded as its.

@@ -77,7 +77,7 @@ fn feature(feature: &attribute::features::Feature, texts: &[String]) -> pb::Feat
     }
 }
 
-fn term(term: &target::Term) -> pb::Term {
+pub(in crate::service) fn term(term: &target::Term) -> pb::Term {
     pb::Term {
         index: term.label,
         label: term.name.clone(),
@@ -164,7 +164,7 @@ pub(super) fn tensors(
 }
 
 /// Numbers as they are sent: in single precision, as the models compute them.
-pub(super) fn floats(shape: Vec<usize>, values: &[f64]) -> Result<Tensor, EngineError> {
+pub(in crate::service) fn floats(shape: Vec<usize>, values: &[f64]) -> Result<Tensor, EngineError> {
     #[allow(clippy::cast_possible_truncation)] // what the model computes is no more exact
     let values: Vec<f32> = values.iter().map(|v| *v as f32).collect();
     Tensor::from_f32(shape, &values).map_err(EngineError::internal)

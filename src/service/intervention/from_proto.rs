@@ -183,7 +183,7 @@ fn vector(given: Option<pb::Vector>, directions: &Directions) -> Result<Vector> 
     })
 }
 
-fn inputs(given: Vec<pb::Input>, field: &str) -> Result<Vec<Input>> {
+pub(super) fn inputs(given: Vec<pb::Input>, field: &str) -> Result<Vec<Input>> {
     if given.len() > MOST_INPUTS {
         return Err(EngineError::invalid(
             field,

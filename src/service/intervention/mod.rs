@@ -1,15 +1,19 @@
 //! `introspect.v1.InterventionService`, and the interventions that ride on the calls of others.
 
 mod from_proto;
+mod sweep;
 
 use std::{pin::Pin, sync::Arc, time::Instant};
 
 use futures::{Stream, StreamExt as _, stream};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
 use super::{
     call::Call,
     daemon::State,
+    driven::driven,
     explained::Explained,
     from_proto::capture as question,
     messages::{Ledger, Messages},
@@ -32,6 +36,9 @@ use crate::{
     },
     tensor::Tensor,
 };
+
+/// Messages that wait for a slow reader.
+const WAITING: usize = 4;
 
 pub(super) struct Interventions {
     pub(super) state: Arc<State>,
@@ -60,6 +67,24 @@ impl InterventionService for Interventions {
         let messages = stream::iter([Ok(header)]).chain(stream::once(rest).flatten());
         let answer = messages.map(|m| m.map(|item| pb::InterveneResponse { item: Some(item) }));
         Ok(Response::new(Box::pin(answer)))
+    }
+
+    type SweepStream = Pin<Box<dyn Stream<Item = Result<pb::SweepResponse, Status>> + Send>>;
+
+    async fn sweep(
+        &self,
+        request: Request<pb::SweepRequest>,
+    ) -> Result<Response<Self::SweepStream>, Status> {
+        let call = Call::of(&request);
+        let ctx = call.ctx();
+        let begun = self.state.sweep(request.into_inner(), &call, &ctx).await;
+        let begun = begun.map_err(|e| status::status(&e))?;
+        let (sender, messages) = mpsc::channel(WAITING);
+        // Dropped with the stream: what it waits for is cancelled.
+        let work = sweep::answer(begun, call, sender);
+        let messages = ReceiverStream::new(messages)
+            .map(|m| m.map(|item| pb::SweepResponse { item: Some(item) }));
+        Ok(Response::new(Box::pin(driven(work, messages))))
     }
 }
 

@@ -1,0 +1,343 @@
+//! Numbers by row and column, such as layers by heads: as text, as PNG, as a page.
+//!
+//! Signed numbers are blue and red by their part of the greatest magnitude, others run over a given range. The scale is written beside the
+//! picture, and the page has every number.
+
+use std::fmt::Write as _;
+
+use ndarray::Array2;
+
+use super::{
+    canvas::{CHAR_HEIGHT, CHAR_WIDTH, Canvas, Direction},
+    colour::{self, Rgb},
+    label,
+    png::{PictureError, encode},
+    terminal::Style,
+};
+
+const INK: Rgb = [30, 30, 30];
+const FAINT: Rgb = [120, 120, 120];
+const GAP: usize = 12;
+const LABEL_CHARACTERS: usize = 18;
+/// Widest and highest picture in pixels.
+const MAX_SIDE: usize = 8192;
+
+/// A matrix with names.
+#[derive(Clone, Debug, Default)]
+pub struct Grid {
+    /// What is shown.
+    pub title: String,
+    /// What else should be known: units, reference values.
+    pub facts: String,
+    /// A name for each row.
+    pub rows: Vec<String>,
+    /// A name for each column.
+    pub columns: Vec<String>,
+    /// `[row, column]`; NaN where there is nothing.
+    pub values: Array2<f32>,
+    /// How numbers become colours.
+    pub scale: Scale,
+}
+
+/// How numbers become colours.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Scale {
+    /// By sign, and by the part of the greatest magnitude.
+    #[default]
+    Signed,
+    /// From the least to the greatest of a range.
+    Range(f32, f32),
+}
+
+/// A number on the scale.
+struct Shade {
+    colour: Rgb,
+    /// Two characters in the place of a colour.
+    text: String,
+}
+
+impl Grid {
+    /// The scale in words.
+    pub fn legend(&self) -> String {
+        match self.scale {
+            Scale::Signed => format!(
+                "scale: {:.3} (blue) to {:+.3} (red)",
+                -self.largest(),
+                self.largest()
+            ),
+            Scale::Range(low, high) => format!("scale: {low} (dark) to {high} (bright)"),
+        }
+    }
+
+    /// The greatest magnitude, never zero.
+    fn largest(&self) -> f32 {
+        let finite = self.values.iter().filter(|v| v.is_finite());
+        finite.fold(f32::MIN_POSITIVE, |m, v| m.max(v.abs()))
+    }
+
+    fn shade(&self, value: f32) -> Shade {
+        let (part, colour, sign) = match self.scale {
+            Scale::Signed => {
+                let part = value / self.largest();
+                let sign = if part < 0.0 { '-' } else { '+' };
+                (part.abs(), colour::diverging(part), sign)
+            }
+            Scale::Range(low, high) => {
+                let part = (value - low) / (high - low).max(f32::MIN_POSITIVE);
+                (part, colour::scale(part), ' ')
+            }
+        };
+        let text = if part.is_nan() {
+            " ?".to_owned()
+        } else if part < 0.05 {
+            " ·".to_owned()
+        } else {
+            #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // 0 to 9
+            let tenth = (part * 10.0).clamp(0.0, 9.0) as u8;
+            format!("{sign}{tenth}")
+        };
+        Shade { colour, text }
+    }
+}
+
+/// A heat map, cut to `width` characters: colours, or tenths of the scale (`·` below 0.05) with their sign.
+pub fn text(grid: &Grid, style: Style, width: usize) -> String {
+    let names: Vec<String> = grid
+        .rows
+        .iter()
+        .map(|r| label(r, LABEL_CHARACTERS))
+        .collect();
+    let margin = names.iter().map(|n| n.chars().count()).max().unwrap_or(0);
+    let all = grid.values.ncols();
+    let fits = (width.saturating_sub(margin + 1) / 3).clamp(1, all.max(1));
+    let mut out = String::new();
+    if !grid.title.is_empty() {
+        let _ = writeln!(out, "{}", label(&grid.title, width));
+    }
+    // Columns are named by as much of their names as fits: numbers whole, words numbered as they come.
+    let short = grid.columns.iter().all(|c| c.chars().count() <= 2);
+    let _ = write!(out, "{:margin$} ", "");
+    for (at, column) in grid.columns.iter().take(fits).enumerate() {
+        let name = if short {
+            label(column, 2)
+        } else {
+            (at % 100).to_string()
+        };
+        let _ = write!(out, "{name:>3}");
+    }
+    out.push('\n');
+    for (name, row) in names.iter().zip(grid.values.rows()) {
+        let _ = write!(out, "{name:>margin$} ");
+        for value in row.iter().take(fits) {
+            let shade = grid.shade(*value);
+            match style {
+                Style::Colour => {
+                    let [r, g, b] = shade.colour;
+                    let _ = write!(out, "\x1b[48;2;{r};{g};{b}m   ");
+                }
+                Style::Plain => {
+                    let _ = write!(out, " {}", shade.text);
+                }
+            }
+        }
+        if style == Style::Colour {
+            out.push_str("\x1b[0m");
+        }
+        out.push('\n');
+    }
+    let _ = writeln!(out, "{:margin$} {}", "", grid.legend());
+    if !grid.facts.is_empty() {
+        let _ = writeln!(out, "{:margin$} {}", "", grid.facts);
+    }
+    if fits < all {
+        let _ = writeln!(
+            out,
+            "{:margin$} {fits} of {all} columns fit; -o FILE.html shows all",
+            ""
+        );
+    }
+    out
+}
+
+/// The grids below each other.
+///
+/// # Errors
+/// When there is nothing to draw, or more than fits.
+pub fn png(grids: &[Grid]) -> Result<Vec<u8>, PictureError> {
+    encode(&canvas(grids)?)
+}
+
+fn canvas(grids: &[Grid]) -> Result<Canvas, PictureError> {
+    let rows: usize = grids.iter().map(|g| g.values.nrows()).sum();
+    let columns = grids.iter().map(|g| g.values.ncols()).max().unwrap_or(0);
+    if rows == 0 || columns == 0 {
+        return Err(PictureError::Empty);
+    }
+    let margin = GAP + LABEL_CHARACTERS * CHAR_WIDTH + 4;
+    let above = 3 * (CHAR_HEIGHT + 4);
+    let named = |g: &Grid| {
+        let longest = g
+            .columns
+            .iter()
+            .map(|c| c.chars().count().min(LABEL_CHARACTERS));
+        longest.max().unwrap_or(0) * CHAR_WIDTH + 8
+    };
+    let heading = grids.iter().map(|g| {
+        let longest = g.title.chars().count().max(g.facts.chars().count());
+        longest.max(g.legend().chars().count()) * CHAR_WIDTH + 2 * GAP
+    });
+    let heading = heading.max().unwrap_or(0);
+    let side = |cell: usize| {
+        let height = grids
+            .iter()
+            .map(|g| above + g.values.nrows() * cell + named(g) + GAP);
+        (
+            (margin + columns * cell + GAP).max(heading),
+            height.sum::<usize>(),
+        )
+    };
+    let cell = [24, 18, CHAR_HEIGHT + 2, CHAR_HEIGHT, 6, 4, 2, 1]
+        .into_iter()
+        .find(|cell| {
+            let (w, h) = side(*cell);
+            w.max(h) <= if *cell > 4 { MAX_SIDE / 4 } else { MAX_SIDE }
+        })
+        .ok_or(PictureError::TooLarge {
+            columns: 1,
+            rows: grids.len(),
+            tokens: rows.max(columns),
+        })?;
+    let (width, height) = side(cell);
+    let mut canvas = Canvas::new(width, height);
+    let mut top = GAP / 2;
+    for grid in grids {
+        for (line, (words, ink)) in [
+            (&grid.title, INK),
+            (&grid.facts, FAINT),
+            (&grid.legend(), FAINT),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let y = top + line * (CHAR_HEIGHT + 4);
+            canvas.text(GAP, y, words, Direction::Across, ink);
+        }
+        let map = top + above;
+        for ((row, column), value) in grid.values.indexed_iter() {
+            let (x, y) = (margin + column * cell, map + row * cell);
+            canvas.fill(x, y, cell, cell, grid.shade(*value).colour);
+        }
+        if cell >= CHAR_HEIGHT {
+            for (at, name) in grid.rows.iter().enumerate() {
+                let name = label(name, LABEL_CHARACTERS);
+                let start = margin - 4 - name.chars().count() * CHAR_WIDTH;
+                let y = map + at * cell + (cell - CHAR_HEIGHT) / 2;
+                canvas.text(start, y, &name, Direction::Across, INK);
+            }
+            for (at, name) in grid.columns.iter().enumerate() {
+                let x = margin + at * cell + (cell - CHAR_HEIGHT) / 2;
+                let y = map + grid.values.nrows() * cell + 4;
+                canvas.text(x, y, &label(name, LABEL_CHARACTERS), Direction::Down, INK);
+            }
+        }
+        top = map + grid.values.nrows() * cell + named(grid) + GAP;
+    }
+    Ok(canvas)
+}
+
+/// A page that stands alone: tables of coloured cells, the number of each on hover.
+pub fn html(title: &str, grids: &[Grid]) -> String {
+    let mut page = format!(
+        "<!doctype html><meta charset=\"utf-8\"><title>{0}</title><style>\
+         body{{font:14px system-ui,sans-serif;margin:2rem;color:#1e1e1e}}table{{border-collapse:collapse;margin:.5rem 0 2rem}}\
+         td{{min-width:1.4rem;height:1.4rem;border:1px solid #fff}}th{{font-weight:normal;font-size:12px;padding:0 .4rem;text-align:right}}\
+         thead th{{writing-mode:vertical-rl;text-align:left;padding:.4rem 0}}p{{color:#666;margin:.2rem 0}}</style><h1>{0}</h1>",
+        escaped(title)
+    );
+    for grid in grids {
+        let _ = write!(
+            page,
+            "<h2>{}</h2><p>{}</p><p>{}</p><table><thead><tr><th></th>",
+            escaped(&grid.title),
+            escaped(&grid.facts),
+            escaped(&grid.legend())
+        );
+        for column in &grid.columns {
+            let _ = write!(page, "<th>{}</th>", escaped(column));
+        }
+        page.push_str("</tr></thead>");
+        for (name, row) in grid.rows.iter().zip(grid.values.rows()) {
+            let _ = write!(page, "<tr><th>{}</th>", escaped(name));
+            for (at, value) in row.iter().enumerate() {
+                let [r, g, b] = grid.shade(*value).colour;
+                let column = grid.columns.get(at).map_or("", String::as_str);
+                let _ = write!(
+                    page,
+                    "<td style=\"background:rgb({r},{g},{b})\" title=\"{}, {}: {value}\"></td>",
+                    escaped(name),
+                    escaped(column)
+                );
+            }
+            page.push_str("</tr>");
+        }
+        page.push_str("</table>");
+    }
+    page
+}
+
+/// Text as it stands in a page.
+fn escaped(text: &str) -> String {
+    text.replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;")
+        .replace('"', "&quot;")
+}
+
+#[cfg(test)]
+mod tests {
+    use ndarray::array;
+
+    use super::*;
+
+    fn grid() -> Grid {
+        Grid {
+            title: "effects".into(),
+            facts: "logit 2.0".into(),
+            rows: vec!["layer 0".into(), "<layer 1>".into()],
+            columns: vec!["0".into(), "1".into()],
+            values: array![[2.0, -1.0], [0.0, f32::NAN]],
+            scale: Scale::Signed,
+        }
+    }
+
+    #[test]
+    fn plain_maps_show_signed_tenths() {
+        let map = text(&grid(), Style::Plain, 80);
+        let lines: Vec<&str> = map.lines().collect();
+        assert!(lines[2].ends_with("layer 0  +9 -5"), "{map}");
+        assert!(lines[3].ends_with("<layer 1>   ·  ?"), "{map}");
+        assert!(text(&grid(), Style::Plain, 13).contains("1 of 2 columns"));
+    }
+
+    #[test]
+    fn pictures_have_a_cell_for_each_number() {
+        let canvas = canvas(&[grid()]).unwrap();
+        let red = canvas.rgb().as_chunks::<3>().0;
+        let red = red.iter().filter(|p| **p == colour::diverging(1.0)).count();
+        assert_eq!(red, 24 * 24);
+        assert!(png(&[]).is_err());
+        let page = html("a & b", &[grid()]);
+        assert!(page.contains("a &amp; b") && page.contains("&lt;layer 1&gt;, 0: 0"));
+        assert!(!page.contains("<layer"));
+    }
+
+    #[test]
+    fn ranges_run_from_dark_to_bright() {
+        let ranged = Grid {
+            scale: Scale::Range(0.0, 2.0),
+            ..grid()
+        };
+        assert_eq!(ranged.shade(2.0).colour, colour::scale(1.0));
+        assert_eq!(ranged.shade(-1.0).text, " ·");
+    }
+}
