@@ -21,7 +21,7 @@ use tonic_health::pb::{
 
 const BERT: &str = "bert.legacy14";
 const GPT2: &str = "gpt2.legacy14";
-const SERVICES: [&str; 7] = [
+const SERVICES: [&str; 8] = [
     "",
     "introspect.v1.CaptureService",
     "introspect.v1.AttributionService",
