@@ -7,6 +7,7 @@
 //! Results go to standard output, everything else to standard error. Exit codes: 0, 1 for failures, 2 for a command line that
 //! means nothing. A reader of standard output that leaves ends a command quietly.
 
+mod arrays;
 mod assemble;
 mod attribute;
 mod capture;
@@ -24,6 +25,7 @@ mod out;
 pub mod picture;
 mod probe;
 mod serve;
+mod sweep;
 mod text;
 
 use std::{env, process::ExitCode};
@@ -47,6 +49,7 @@ Examples:
     introspectd attribute bert \"Some text\"
     introspectd probe train bert --data labelled.tsv
     introspectd intervene bert \"Some text\" --edit 'z[layer=3;head=1] zero'
+    introspectd sweep bert \"Some text\"
   Without a daemon:
     introspectd capture ./models/bert \"Some text\"
   When something is wrong:
@@ -87,6 +90,9 @@ enum Command {
     /// Change parts of a model while it runs, and see what that changes of its prediction
     #[command(after_help = intervene::EXAMPLES)]
     Intervene(Box<intervene::InterveneArgs>),
+    /// Change every head, layer, position or neuron by itself, and see which ones matter
+    #[command(after_help = sweep::EXAMPLES)]
+    Sweep(Box<sweep::SweepArgs>),
     /// List, load, unload and reload the models of a daemon
     #[command(after_help = models::EXAMPLES)]
     Models(models::ModelsArgs),
@@ -130,6 +136,7 @@ async fn run(command: &Command) -> Result<(), CliError> {
         Command::Attribute(args) => attribute::run(args).await,
         Command::Probe(args) => probe::run(args).await,
         Command::Intervene(args) => intervene::run(args).await,
+        Command::Sweep(args) => sweep::run(args).await,
         Command::Models(args) => models::run(args).await,
         Command::Tokenize(args) => text::tokenize(args).await,
         Command::Predict(args) => text::predict(args).await,

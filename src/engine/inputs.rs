@@ -20,8 +20,7 @@ use crate::{
     ipc::{
         info::{Axis, HookInfo, InputInfo, InputRole, ModelInfo},
         spec::{
-            Quantity, Reduction, TARGET_LABEL, TARGET_POSITION, TARGET_READOUT, TARGET_WEIGHT,
-            VariantSpec,
+            Reduction, TARGET_LABEL, TARGET_POSITION, TARGET_READOUT, TARGET_WEIGHT, VariantSpec,
         },
     },
     tensor::{DType, Tensor},
@@ -160,7 +159,7 @@ impl ModelInputs {
             inputs.push(Input::moving(format!("shift:{name}"), hook, Some(0.0)));
         }
         if let Some(gradient) = &spec.gradient {
-            inputs.push(if gradient.of == Quantity::Readout {
+            inputs.push(if gradient.of.reads_out() {
                 Input::of_terms(TARGET_READOUT, DType::F32)
             } else {
                 Input::of_terms(TARGET_LABEL, DType::I64)

@@ -66,7 +66,7 @@ impl Stage {
 ///
 /// The variant has the inputs [`TARGET_LABEL`] and [`TARGET_WEIGHT`], both `[row, term]`, and where the scores have positions
 /// [`TARGET_POSITION`]. The objective of a row is the sum over its terms of the weight times the quantity at that position and label;
-/// for [`Quantity::Readout`] there is [`TARGET_READOUT`] in the place of labels;
+/// for quantities that [read out](Quantity::reads_out) there is [`TARGET_READOUT`] in the place of labels;
 /// it comes out as [`OBJECTIVE`] `[row]`, and the gradient with respect to each point as `gradient:NAME`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -89,8 +89,8 @@ pub const TARGET_LABEL: &str = "target:label";
 pub const TARGET_POSITION: &str = "target:position";
 /// Input of a gradient variant: weights of the terms, 32-bit floats. A term of weight zero counts for nothing.
 pub const TARGET_WEIGHT: &str = "target:weight";
-/// Input of a gradient variant whose quantity is [`Quantity::Readout`]: a weight for each number of the last axis and a bias, `[row,
-/// width + 1]`, 32-bit floats.
+/// Input of a gradient variant whose quantity [reads out](Quantity::reads_out): a weight for each number of the last axis and a bias,
+/// `[row, width + 1]`, 32-bit floats.
 pub const TARGET_READOUT: &str = "target:readout";
 /// Output of a gradient variant.
 pub const OBJECTIVE: &str = "objective";
@@ -107,6 +107,16 @@ pub enum Quantity {
     Probability,
     /// A linear function of the numbers at a position, as a probe reads them: [`TARGET_READOUT`]. The bias is added once.
     Readout,
+    /// The same function of minus the logarithmic softmax. With probabilities `p` as weights and `sum p ln p` as bias this is the divergence
+    /// `sum p (ln p - ln q)` of the scores' softmax `q` from `p`, in nats (Kullback and Leibler 1951).
+    Divergence,
+}
+
+impl Quantity {
+    /// Whether the last axis is weighed as a whole, by [`TARGET_READOUT`], in place of labels.
+    pub const fn reads_out(self) -> bool {
+        matches!(self, Quantity::Readout | Quantity::Divergence)
+    }
 }
 
 /// How operators hand on what reaches them, from the objective back to the points.

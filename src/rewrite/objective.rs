@@ -11,6 +11,8 @@
 //! ```text
 //!   objective[row] = bias[row] + sum over terms of weight[row, term] * sum over j of readout[row, j] * value[row, position[row, term], j]
 //! ```
+//!
+//! A divergence is the read-out of minus the log-probabilities.
 
 use super::RewriteError;
 use crate::{
@@ -59,7 +61,7 @@ pub(super) fn objective(
         inputs.push((name, dtype));
         w.patch.input(name, dtype, vec![Dim::Unknown; 2])
     };
-    let reads = of == Quantity::Readout;
+    let reads = of.reads_out();
     let (name, dtype) = if reads {
         (TARGET_READOUT, DType::F32)
     } else {
@@ -97,12 +99,16 @@ pub(super) fn objective(
     let last = || vec![Attribute::int("axis", -1)];
     let (quantity, seed) = match of {
         Quantity::Logit | Quantity::Readout => (scores.value, picked),
-        Quantity::LogProbability => {
+        Quantity::LogProbability | Quantity::Divergence => {
             let log = w.with("LogSoftmax", &[scores.value], last());
             let probability = w.op("Exp", &[log]);
             let all = w.reduce("ReduceSum", picked, &[-1], true);
             let share = w.op("Mul", &[probability, all]);
-            (log, w.op("Sub", &[picked, share]))
+            if of == Quantity::Divergence {
+                (w.op("Neg", &[log]), w.op("Sub", &[share, picked]))
+            } else {
+                (log, w.op("Sub", &[picked, share]))
+            }
         }
         Quantity::Probability => {
             let probability = w.with("Softmax", &[scores.value], last());

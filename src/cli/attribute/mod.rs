@@ -23,7 +23,8 @@ use super::{
     out,
 };
 use crate::service::wire::introspect::{self as pb, evaluate_response::Item as Judged};
-use question::{MethodArgs, Name, TargetArgs};
+pub(super) use question::TargetArgs;
+use question::{FeatureArgs, MethodArgs, Name};
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -63,6 +64,8 @@ pub(super) struct AttributeArgs {
     method: MethodArgs,
     #[command(flatten)]
     question: TargetArgs,
+    #[command(flatten)]
+    features: FeatureArgs,
     /// Write a file in place of the terminal: .npz, .json, .png or .html
     #[arg(long, short, value_name = "FILE", help_heading = "Output")]
     output: Option<PathBuf>,
@@ -102,8 +105,8 @@ pub(super) async fn run(args: &AttributeArgs) -> Result<(), CliError> {
         input: Some(input),
         target: Some(args.question.target()?),
         method: Some(args.method.method(args.method.method)?),
-        baseline: Some(args.question.baseline()?),
-        features: Some(args.question.features()?),
+        baseline: Some(args.features.baseline()?),
+        features: Some(args.features.features()?),
         seed: args.method.seed,
         intervention: None,
     };

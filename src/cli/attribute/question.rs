@@ -299,10 +299,10 @@ impl MethodArgs {
     }
 }
 
-/// What to explain, compared with what.
+/// The number that is explained or watched.
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "What to explain")]
-pub(super) struct TargetArgs {
+pub(in crate::cli) struct TargetArgs {
     /// Label by its name or number, or token:TEXT [default: what is predicted]
     #[arg(long, short, value_name = "LABEL")]
     target: Option<String>,
@@ -324,6 +324,15 @@ pub(super) struct TargetArgs {
     /// logit, log_probability or probability
     #[arg(long, value_name = "QUANTITY")]
     quantity: Option<String>,
+    /// How far the prediction is from what it is for the input itself, or for what is patched from: KL divergence, in nats
+    #[arg(long, conflicts_with_all = ["target", "against", "continuation", "unit", "probe", "quantity"])]
+    divergence: bool,
+}
+
+/// What it is compared with, and what gets a score.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "What to explain")]
+pub(super) struct FeatureArgs {
     /// pad, mask, unk, zero, mean, text:TEXT or ids:ID,...
     #[arg(long, short, value_name = "WHAT")]
     baseline: Option<String>,
@@ -339,7 +348,7 @@ pub(super) struct TargetArgs {
 }
 
 impl TargetArgs {
-    pub(super) fn target(&self) -> Result<pb::Target, CliError> {
+    pub(in crate::cli) fn target(&self) -> Result<pb::Target, CliError> {
         use pb::target::Of;
         let quantity = match self.quantity.as_deref() {
             None => 0,
@@ -352,7 +361,9 @@ impl TargetArgs {
                 })?
             }
         };
-        let of = if let Some(text) = &self.continuation {
+        let of = if self.divergence {
+            Some(Of::Divergence(pb::Divergence { position: self.at }))
+        } else if let Some(text) = &self.continuation {
             Some(Of::Continuation(pb::Continuation {
                 what: Some(pb::continuation::What::Text(text.clone())),
             }))
@@ -388,7 +399,9 @@ impl TargetArgs {
             position: self.at,
         }
     }
+}
 
+impl FeatureArgs {
     pub(super) fn baseline(&self) -> Result<pb::Baseline, CliError> {
         use pb::baseline::Kind;
         let constant = |c: pb::Constant| Kind::Constant(c.into());

@@ -172,7 +172,7 @@ fn numbers(numbers: Option<&Numbers>) -> Vec<u32> {
 
 /// Numbers and ranges, such as `0,4-7`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Numbers(Vec<u32>);
+pub(in crate::cli) struct Numbers(pub(in crate::cli) Vec<u32>);
 
 impl FromStr for Numbers {
     type Err = String;

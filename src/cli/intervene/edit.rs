@@ -16,22 +16,52 @@ const OPERATIONS: &str = "zero, scale N, set N, add N|probe:NAME [N], noise N [S
 /// # Errors
 /// What is wrong with it, for people.
 pub(super) fn parse(text: &str) -> Result<pb::Edit, String> {
+    let (edit, rest) = place(text)?;
+    if rest.trim().is_empty() {
+        return Err(format!(
+            "\"{text}\" says not what is done there: {OPERATIONS}"
+        ));
+    }
+    Ok(pb::Edit {
+        operation: Some(operation(rest)?),
+        ..edit
+    })
+}
+
+/// Reads a place without an operation: `q[layer=3;head=1]`.
+///
+/// # Errors
+/// What is wrong with it, for people.
+pub(in crate::cli) fn receiver(text: &str) -> Result<pb::Receiver, String> {
+    let (edit, rest) = place(text)?;
+    if !rest.trim().is_empty() || !edit.keys.is_empty() || !edit.dims.is_empty() {
+        return Err(format!(
+            "\"{text}\" is no place of heads and positions: HOOK[layer=N,...;head=N,...;pos=N,...]"
+        ));
+    }
+    Ok(pb::Receiver {
+        hook: edit.hook,
+        layers: edit.layers,
+        heads: edit.heads,
+        positions: edit.positions,
+    })
+}
+
+/// A place, and what follows it.
+fn place(text: &str) -> Result<(pb::Edit, &str), String> {
     let text = text.trim();
-    let (place, rest) = match text.split_once('[') {
+    let (hook, inside, rest) = match text.split_once('[') {
         Some((hook, rest)) => {
             let (inside, rest) = rest
                 .split_once(']')
                 .ok_or_else(|| format!("\"{text}\" opens a bracket and does not close it"))?;
-            ((hook.trim(), inside), rest)
+            (hook.trim(), inside, rest)
         }
         None => {
-            let (hook, rest) = text
-                .split_once(char::is_whitespace)
-                .ok_or_else(|| format!("\"{text}\" says not what is done there: {OPERATIONS}"))?;
-            ((hook, ""), rest)
+            let (hook, rest) = text.split_once(char::is_whitespace).unwrap_or((text, ""));
+            (hook, "", rest)
         }
     };
-    let (hook, inside) = place;
     let mut edit = pb::Edit {
         hook: hook.to_owned(),
         ..pb::Edit::default()
@@ -53,8 +83,7 @@ pub(super) fn parse(text: &str) -> Result<pb::Edit, String> {
             }
         }
     }
-    edit.operation = Some(operation(rest)?);
-    Ok(edit)
+    Ok((edit, rest))
 }
 
 fn operation(text: &str) -> Result<Operation, String> {
@@ -160,6 +189,21 @@ mod tests {
         assert_eq!(add.scale, Some(-4.0));
         assert_eq!(parse("embed noise 0.1 7").unwrap().hook, "embed");
         assert_eq!(parse(" pattern[key=0] scale 0.5 ").unwrap().keys, [0]);
+    }
+
+    #[test]
+    fn receivers_are_places_without_an_operation() {
+        let receiver = receiver("q[layer=3;head=1]").unwrap();
+        assert_eq!(
+            (
+                &receiver.hook[..],
+                &receiver.layers[..],
+                &receiver.heads[..]
+            ),
+            ("q", &[3][..], &[1][..])
+        );
+        assert!(super::receiver("q zero").is_err());
+        assert!(super::receiver("pattern[key=1]").is_err());
     }
 
     #[test]

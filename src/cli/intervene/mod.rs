@@ -1,6 +1,6 @@
 //! `intervene`: what a model says when parts of it are otherwise.
 
-mod edit;
+pub(super) mod edit;
 mod show;
 
 use clap::Args;

@@ -83,15 +83,15 @@ struct Queued {
 #[derive(Clone, Debug, Default)]
 pub(in crate::methods) struct Show {
     /// Hook points that the inputs move.
-    pub(super) intervene: BTreeSet<String>,
+    pub(in crate::methods) intervene: BTreeSet<String>,
     /// The number that is explained.
-    pub(super) objective: bool,
+    pub(in crate::methods) objective: bool,
     /// Gradients of it.
-    pub(super) points: BTreeMap<String, Reduction>,
+    pub(in crate::methods) points: BTreeMap<String, Reduction>,
     /// Gradients, or relevance.
-    pub(super) rules: Rules,
+    pub(in crate::methods) rules: Rules,
     /// Hook points as they are.
-    pub(super) expose: BTreeSet<String>,
+    pub(in crate::methods) expose: BTreeSet<String>,
 }
 
 impl Show {
@@ -135,12 +135,12 @@ impl Subject {
     }
 
     /// Where progress can be watched.
-    pub(super) fn watch(&self) -> watch::Receiver<Partial> {
+    pub(in crate::methods) fn watch(&self) -> watch::Receiver<Partial> {
         self.progress.subscribe()
     }
 
     /// More rows will be run.
-    pub(super) fn plan(&self, rows: usize) {
+    pub(in crate::methods) fn plan(&self, rows: usize) {
         self.progress
             .send_modify(|p| p.rows_planned = self.done() + rows as u64);
     }
@@ -167,7 +167,7 @@ impl Subject {
     ///
     /// # Errors
     /// Those of the run, and what `inputs` or `each` say.
-    pub(super) async fn run(
+    pub(in crate::methods) async fn run(
         &mut self,
         show: &Show,
         (rows, row_bytes): (usize, usize),
@@ -449,7 +449,7 @@ fn batched(input: &InputInfo) -> bool {
 }
 
 /// The floats of an answer's tensor.
-pub(super) fn floats(tensors: &[Tensor], at: usize) -> Result<Vec<f32>, EngineError> {
+pub(in crate::methods) fn floats(tensors: &[Tensor], at: usize) -> Result<Vec<f32>, EngineError> {
     let tensor = tensors
         .get(at)
         .ok_or_else(|| EngineError::internal(format!("an answer has no tensor {at}")))?;

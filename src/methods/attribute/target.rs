@@ -50,6 +50,9 @@ pub enum Terms {
     },
     /// What a linear probe says of a hook point.
     Readout(Readout),
+    /// How far the prediction at a position is from that for the row as it is, in nats: the divergence `sum p (ln p - ln q)` of what is
+    /// predicted, `q`, from what was, `p` (Kullback and Leibler 1951).
+    Divergence(Option<i32>),
 }
 
 impl Default for Terms {
@@ -129,7 +132,7 @@ pub struct Objective {
     pub terms: Vec<Term>,
     /// Tokens of the row that belong to the question and not to its input: the continuation.
     pub asked: usize,
-    /// Of [`Quantity::Readout`]: weights and bias.
+    /// Of quantities that [read out](Quantity::reads_out): weights and bias.
     pub readout: Option<Arc<[f32]>>,
 }
 
@@ -149,6 +152,7 @@ pub(in crate::methods) async fn resolve(
         Terms::Continuation(_) => Quantity::LogProbability,
         Terms::Choice(_) | Terms::Contrast(..) | Terms::Unit { .. } => Quantity::Logit,
         Terms::Readout(_) => Quantity::Readout,
+        Terms::Divergence(_) => Quantity::Divergence,
     });
     let found = |terms, asked| Objective {
         quantity,
@@ -165,6 +169,23 @@ pub(in crate::methods) async fn resolve(
             index,
         } => unit(&info, quantity, (hook, *position, *index), length(prepared)),
         Terms::Readout(readout) => reads(&info, target.quantity, readout, length(prepared)),
+        Terms::Divergence(position) => {
+            has_scores(&info)?;
+            if target.quantity.is_some() {
+                return Err(EngineError::invalid(
+                    "quantity",
+                    "says how a score is read, and the target is a divergence of all of them: leave it out",
+                ));
+            }
+            Reader {
+                handle,
+                row,
+                lane,
+                ctx,
+            }
+            .divergence(*position)
+            .await
+        }
         Terms::Choice(choice) => {
             has_scores(&info)?;
             let run = Reader {
@@ -404,6 +425,46 @@ impl Reader<'_> {
 
     /// The label of the greatest score.
     async fn predicted(&self, position: Option<u32>) -> Result<u32, EngineError> {
+        let best = predict::best(&self.scores(position).await?, 1);
+        best.first()
+            .map(|(label, _)| *label)
+            .ok_or_else(|| EngineError::precondition("the model gave no scores"))
+    }
+
+    /// The divergence from what is predicted for the row: its probabilities are the weights, minus their entropy the bias.
+    async fn divergence(&self, position: Option<i32>) -> Result<Objective, EngineError> {
+        let position = self.position(position, "divergence")?;
+        let scores = self.scores(position).await?;
+        let most = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let of = |score: &f32| (f64::from(*score) - f64::from(most)).exp();
+        let sum: f64 = scores.iter().map(of).sum();
+        #[allow(clippy::cast_possible_truncation)] // as the graph takes them
+        let mut readout: Vec<f32> = scores.iter().map(|s| (of(s) / sum) as f32).collect();
+        if readout.iter().any(|p| !p.is_finite()) {
+            return Err(EngineError::precondition(
+                "the model's scores for this input are not finite: there is nothing to diverge from",
+            ));
+        }
+        let positive = readout.iter().map(|p| f64::from(*p)).filter(|p| *p > 0.0);
+        #[allow(clippy::cast_possible_truncation)]
+        let entropy = positive.map(|p| p * p.ln()).sum::<f64>() as f32;
+        readout.push(entropy);
+        Ok(Objective {
+            quantity: Quantity::Divergence,
+            at: None,
+            terms: vec![Term {
+                label: 0,
+                name: String::new(),
+                position,
+                weight: 1.0,
+            }],
+            asked: 0,
+            readout: Some(readout.into()),
+        })
+    }
+
+    /// The scores at a position, of every label.
+    async fn scores(&self, position: Option<u32>) -> Result<Vec<f32>, EngineError> {
         let info = self.handle.info();
         let pick = PickSpec {
             output: info.main_output.clone(),
@@ -425,10 +486,7 @@ impl Reader<'_> {
             .and_then(|d| d.tensors.first())
             .ok_or_else(|| EngineError::internal("a row ended without its scores"))?;
         let scores = scores.to_f32().map_err(EngineError::internal)?;
-        let best = predict::best(&scores, 1);
-        best.first()
-            .map(|(label, _)| *label)
-            .ok_or_else(|| EngineError::precondition("the model gave no scores"))
+        Ok(scores.into_owned())
     }
 
     /// The id of a text that is one token.

@@ -63,6 +63,22 @@ pub struct Edit {
     pub operation: Operation,
 }
 
+impl Edit {
+    /// An edit of everything that a hook point's name means.
+    pub fn whole(hook: &str, operation: Operation) -> Self {
+        Self {
+            hook: hook.to_owned(),
+            layers: Vec::new(),
+            heads: Vec::new(),
+            positions: Vec::new(),
+            spans: Vec::new(),
+            keys: Vec::new(),
+            dims: Vec::new(),
+            operation,
+        }
+    }
+}
+
 /// What is done with what stands at a hook point.
 #[derive(Clone, Debug)]
 pub enum Operation {

@@ -20,7 +20,7 @@ impl Grid {
     }
 
     /// Its number at an index.
-    fn at(&self, index: &[usize]) -> f32 {
+    pub(super) fn at(&self, index: &[usize]) -> f32 {
         let mut place = 0;
         for (extent, i) in self.shape.iter().zip(index) {
             place = place * extent + if *extent == 1 { 0 } else { *i };
@@ -46,14 +46,13 @@ impl Grid {
             .collect();
         let extents = self.shape.iter().zip(&kept);
         let shape: Vec<usize> = extents.map(|(n, k)| k.map_or(*n, Vec::len)).collect();
-        let values = indices(&shape)
-            .map(|index| {
-                let from = kept.iter().zip(&index);
-                let from: Vec<usize> = from.map(|(k, i)| k.map_or(*i, |k| k[*i])).collect();
-                self.at(&from)
-            })
-            .collect();
-        Self { shape, values }
+        let mut from = vec![0; shape.len()];
+        Self::made(shape, |index| {
+            for ((from, kept), i) in from.iter_mut().zip(&kept).zip(index) {
+                *from = kept.map_or(*i, |k| k[*i]);
+            }
+            self.at(&from)
+        })
     }
 
     /// The numbers at each index of an axis, and their shape with that axis of extent one; without an axis, all of them.
@@ -95,10 +94,7 @@ impl Grid {
     pub(super) fn with(&self, other: &Self, f: impl Fn(f32, f32) -> f32) -> Self {
         let extents = self.shape.iter().zip(&other.shape);
         let shape: Vec<usize> = extents.map(|(a, b)| *a.max(b)).collect();
-        let values = indices(&shape)
-            .map(|index| f(self.at(&index), other.at(&index)))
-            .collect();
-        Self { shape, values }
+        Self::made(shape, |index| f(self.at(index), other.at(index)))
     }
 
     /// These numbers where a site is edited, `rest` elsewhere. Their shape broadcasts to what is edited.
@@ -138,40 +134,53 @@ impl Grid {
                 false => site.extents[axis],
             })
             .collect();
-        let values = indices(&shape)
-            .map(|index| {
-                let mut within = Vec::with_capacity(index.len());
-                for (chosen, i) in site.chosen.iter().zip(&index) {
-                    match chosen {
-                        None => within.push(*i),
-                        Some(chosen) => match chosen.iter().position(|c| c == i) {
-                            Some(at) => within.push(at),
-                            None => return rest,
-                        },
-                    }
+        // Where an index along each axis stands among those that are edited.
+        let places = site.chosen.iter().zip(&shape).map(|(chosen, extent)| {
+            let place = |i| match chosen {
+                None => Some(i),
+                Some(chosen) => chosen.iter().position(|c| *c == i),
+            };
+            (0..*extent).map(place).collect::<Vec<_>>()
+        });
+        let places: Vec<Vec<Option<usize>>> = places.collect();
+        let mut within = vec![0; shape.len()];
+        Ok(Self::made(shape, |index| {
+            for ((within, places), i) in within.iter_mut().zip(&places).zip(index) {
+                match places[*i] {
+                    Some(at) => *within = at,
+                    None => return rest,
                 }
-                given.at(&within)
-            })
-            .collect();
-        Ok(Self { shape, values })
+            }
+            given.at(&within)
+        }))
+    }
+
+    /// What `value` says of every index, the last axis fastest.
+    fn made(shape: Vec<usize>, mut value: impl FnMut(&[usize]) -> f32) -> Self {
+        let mut values = Vec::with_capacity(shape.iter().product());
+        each_index(&shape, |index| values.push(value(index)));
+        Self { shape, values }
+    }
+}
+
+/// Goes through every index of a shape, the last axis fastest.
+pub(super) fn each_index(shape: &[usize], mut each: impl FnMut(&[usize])) {
+    let mut index = vec![0; shape.len()];
+    for _ in 0..shape.iter().product() {
+        each(&index);
+        for (at, extent) in index.iter_mut().zip(shape).rev() {
+            *at += 1;
+            if *at < *extent {
+                break;
+            }
+            *at = 0;
+        }
     }
 }
 
 fn axes(site: &Site) -> String {
     let names: Vec<&str> = site.axes.iter().map(crate::ipc::info::Axis::name).collect();
     names.join(", ")
-}
-
-/// Every index of a shape, the last axis fastest.
-fn indices(shape: &[usize]) -> impl Iterator<Item = Vec<usize>> + '_ {
-    (0..shape.iter().product()).map(move |mut place: usize| {
-        let mut index = vec![0; shape.len()];
-        for (at, extent) in index.iter_mut().zip(shape).rev() {
-            *at = place % extent;
-            place /= extent;
-        }
-        index
-    })
 }
 
 /// A stage with its operands, in the order of [`Stage::inputs`].

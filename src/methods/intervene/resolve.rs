@@ -79,6 +79,14 @@ struct Run {
 }
 
 impl Resolver<'_> {
+    pub(super) fn handle(&self) -> &ModelHandle {
+        self.handle
+    }
+
+    pub(super) fn info(&self) -> &ModelInfo {
+        self.info
+    }
+
     /// `within` are the sources that these edits are made for.
     fn edits<'b>(
         &'b self,
@@ -107,22 +115,35 @@ impl Resolver<'_> {
         })
     }
 
-    /// What one edit does at each of its hook points, in the order of the graph. Paths of fields begin at the edit.
+    /// What edits do at each of their hook points, each hook point once, in the order of the graph. Paths of fields begin at an edit, but for
+    /// the hook point of the edit of a number: `hooks[number]`.
     pub(super) async fn places(
         &self,
-        edit: &Edit,
+        edits: &[Edit],
         row: &Prepared,
     ) -> Result<Vec<Placed>, EngineError> {
         let length = row.group.length;
-        let sites = sites(self.info, edit, &row.tokens, length)?;
-        let (edits, places) = (std::slice::from_ref(edit), [sites]);
+        let mut places = Vec::with_capacity(edits.len());
+        for (n, edit) in edits.iter().enumerate() {
+            let found = sites(self.info, edit, &row.tokens, length).map_err(|e| match &e {
+                EngineError::InvalidArgument { field, .. } if field == "hook" => {
+                    input::at_field(e, &format!("hooks[{n}]"))
+                }
+                _ => e,
+            });
+            places.push(found?);
+        }
         let runs = self.sources(edits, &places, "edits", &[]).await?;
-        let staged = self.staged(edit, &places[0], &runs, length).await?;
-        let [sites] = places;
-        let pairs = sites.into_iter().zip(staged);
-        Ok(pairs
-            .map(|(site, staged)| Placed { site, staged })
-            .collect())
+        let mut placed: BTreeMap<usize, Placed> = BTreeMap::new();
+        for (edit, sites) in edits.iter().zip(places) {
+            let staged = self.staged(edit, &sites, &runs, length).await?;
+            for (site, staged) in sites.into_iter().zip(staged) {
+                let order = self.info.hooks.iter().position(|h| h.name == site.hook);
+                let order = order.unwrap_or(usize::MAX);
+                placed.entry(order).or_insert(Placed { site, staged });
+            }
+        }
+        Ok(placed.into_values().collect())
     }
 
     /// The stages with their operands as inputs of a row.
@@ -392,7 +413,7 @@ impl Resolver<'_> {
     }
 
     /// Runs rows for what stands at hook points.
-    async fn run(
+    pub(super) async fn run(
         &self,
         handle: &ModelHandle,
         groups: Vec<RowGroup>,

@@ -114,10 +114,10 @@ fn target(given: pb::Target, readout: Option<Readout>) -> Result<Target> {
         pb::Quantity::Logit => Some(Quantity::Logit),
         pb::Quantity::LogProbability => Some(Quantity::LogProbability),
         pb::Quantity::Probability => Some(Quantity::Probability),
-        pb::Quantity::Readout => {
+        pb::Quantity::Readout | pb::Quantity::Divergence => {
             return Err(EngineError::invalid(
                 "quantity",
-                "QUANTITY_READOUT is what answers about probes say: name the probe as target and leave this out",
+                "QUANTITY_READOUT and QUANTITY_DIVERGENCE are what answers say: name the probe or the divergence as target and leave this out",
             ));
         }
     };
@@ -153,6 +153,7 @@ fn target(given: pb::Target, readout: Option<Readout>) -> Result<Target> {
             position: u.position,
             index: u.index,
         },
+        Some(pb::target::Of::Divergence(d)) => Terms::Divergence(d.position),
         Some(pb::target::Of::Probe(_)) => {
             Terms::Readout(readout.ok_or_else(|| EngineError::internal("a probe was not read"))?)
         }

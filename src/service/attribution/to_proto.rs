@@ -86,12 +86,13 @@ pub(in crate::service) fn term(term: &target::Term) -> pb::Term {
     }
 }
 
-const fn quantity(quantity: Quantity) -> pb::Quantity {
+pub(in crate::service) const fn quantity(quantity: Quantity) -> pb::Quantity {
     match quantity {
         Quantity::Logit => pb::Quantity::Logit,
         Quantity::LogProbability => pb::Quantity::LogProbability,
         Quantity::Probability => pb::Quantity::Probability,
         Quantity::Readout => pb::Quantity::Readout,
+        Quantity::Divergence => pb::Quantity::Divergence,
     }
 }
 

@@ -1,17 +1,23 @@
 //! Sweeps: requests validated, answers streamed hook point by hook point.
 
-use tokio::sync::mpsc;
+use std::time::Duration;
+
+use tokio::{sync::mpsc, time::MissedTickBehavior};
 use tonic::Status;
 
 use super::from_proto::inputs;
 use crate::{
     engine::{Ctx, EngineError, Lane},
     methods::{
+        attribute::Partial,
         input,
-        intervene::sweep::{self, By, Change, Started, Sweep},
+        intervene::{
+            Edit, Operation,
+            sweep::{self, By, Change, Effects, Path, Started, Sweep, Way},
+        },
     },
     service::{
-        attribution::to_proto::{floats, term},
+        attribution::to_proto::{floats, quantity, term},
         call::Call,
         daemon::State,
         explained::Explained,
@@ -24,10 +30,19 @@ use crate::{
     },
 };
 
+/// Most hook points that a request names.
+const MOST_HOOKS: usize = 64;
+/// Most axes of a part.
+const MOST_AXES: usize = 4;
+/// Most receivers.
+const MOST_RECEIVERS: usize = 64;
+/// How often progress is told: at least twice a second.
+const TICK: Duration = Duration::from_millis(400);
+
 /// A sweep that has begun, and the record of its time.
 pub(super) struct Begun {
     started: Started,
-    model: pb::SweepHeader,
+    header: pb::SweepHeader,
     explained: Explained,
 }
 
@@ -39,68 +54,30 @@ impl State {
         call: &Call,
         ctx: &Ctx,
     ) -> Result<Begun, EngineError> {
-        let (model, input, target) = self
-            .explained_number(request.model, request.input, request.target)
-            .await?;
-        let by = pb::SweepBy::try_from(request.by).map_err(|_| unknown("by", request.by))?;
-        let sweep = Sweep {
-            input,
-            target,
-            hook: request.hook,
-            layers: request.layers,
-            by: match by {
-                pb::SweepBy::Unspecified => By::Layer,
-                pb::SweepBy::Head => By::Head,
-                pb::SweepBy::Position => By::Position,
-                pb::SweepBy::Dim => By::Dim,
-            },
-            change: match request.change {
-                None => {
-                    return Err(EngineError::invalid(
-                        "change",
-                        "is missing: give zero, mean or patch",
-                    ));
-                }
-                Some(Given::Zero(pb::Zero {})) => Change::Zero,
-                Some(Given::Mean(mean)) => Change::Mean(inputs(mean.inputs, "mean.inputs")?),
-                Some(Given::Patch(given)) => Change::Patch(
-                    required_input(Some(given)).map_err(|e| input::at_field(e, "patch"))?,
-                ),
-            },
-        };
+        let (model, sweep) = self.asked_sweep(request).await?;
         let handle = self.registry.get(&model)?;
         let explained = Explained::new(&model, "sweep", call.arrived);
-        match sweep::start(
-            &handle,
-            sweep,
-            (self.config.max_rows, Lane::Interactive),
-            ctx,
-        )
-        .await
-        {
+        let terms = (self.config.max_rows, Lane::Interactive);
+        match sweep::start(&handle, sweep, terms, ctx).await {
             Ok(started) => {
                 let info = handle.info();
-                let rows: usize = started.hooks.iter().map(|(_, n)| n).sum();
-                let model = pb::SweepHeader {
+                let tokens = started.tokens.iter().cloned();
+                let header = pb::SweepHeader {
                     model: info.name.clone(),
                     fingerprint: info.fingerprint.clone(),
                     generation: handle.generation(),
                     provider: info.provider.clone(),
-                    tokens: started
-                        .tokens
-                        .iter()
-                        .cloned()
-                        .map(to_proto::token)
-                        .collect(),
+                    tokens: tokens.map(to_proto::token).collect(),
+                    quantity: quantity(started.objective.quantity).into(),
                     terms: started.objective.terms.iter().map(term).collect(),
                     value: started.value,
                     source_value: started.source_value,
-                    hooks: started.hooks.iter().map(|(name, _)| name.clone()).collect(),
-                    rows: rows as u64,
+                    hooks: started.swept.iter().map(|s| s.name().to_owned()).collect(),
+                    rows: started.rows as u64,
                 };
                 Ok(Begun {
                     started,
-                    model,
+                    header,
                     explained,
                 })
             }
@@ -110,9 +87,118 @@ impl State {
             }
         }
     }
+
+    /// A request, validated as far as it can be without the model.
+    async fn asked_sweep(&self, request: pb::SweepRequest) -> Result<(String, Sweep), EngineError> {
+        let (model, input, target) = self
+            .explained_number(request.model, request.input, request.target)
+            .await?;
+        let most = |n: usize, most: usize, field: &str| match n > most {
+            true => Err(EngineError::invalid(
+                field,
+                format!("has {n} entries: give at most {most}"),
+            )),
+            false => Ok(()),
+        };
+        most(request.hooks.len(), MOST_HOOKS, "hooks")?;
+        most(request.by.len(), MOST_AXES, "by")?;
+        if request.hooks.is_empty() {
+            return Err(EngineError::invalid(
+                "hooks",
+                "is empty: name a hook point, such as attn.hook_z",
+            ));
+        }
+        let by = request.by.iter().enumerate().map(|(n, by)| {
+            let field = format!("by[{n}]");
+            match pb::SweepAxis::try_from(*by).map_err(|_| unknown(&field, *by))? {
+                pb::SweepAxis::Unspecified => Err(EngineError::invalid(
+                    field,
+                    "is SWEEP_AXIS_UNSPECIFIED: leave `by` empty to take hook points as a whole",
+                )),
+                pb::SweepAxis::Head => Ok(By::Head),
+                pb::SweepAxis::Position => Ok(By::Position),
+                pb::SweepAxis::Dim => Ok(By::Dim),
+                pb::SweepAxis::Key => Ok(By::Key),
+            }
+        });
+        let by = by.collect::<Result<_, _>>()?;
+        let change = match request.change {
+            None => {
+                return Err(EngineError::invalid(
+                    "change",
+                    "is missing: give zero, mean or patch",
+                ));
+            }
+            Some(Given::Zero(pb::Zero {})) => Change::Zero,
+            Some(Given::Mean(mean)) => Change::Mean(inputs(mean.inputs, "mean.inputs")?),
+            Some(Given::Patch(given)) => {
+                Change::Patch(required_input(Some(given)).map_err(|e| input::at_field(e, "patch"))?)
+            }
+        };
+        let method = pb::SweepMethod::try_from(request.method)
+            .map_err(|_| unknown("method", request.method))?;
+        if request.most != 0 && method != pb::SweepMethod::Both {
+            return Err(EngineError::invalid(
+                "most",
+                "chooses by estimates what is run: it belongs to SWEEP_METHOD_BOTH",
+            ));
+        }
+        let way = match (method, request.path) {
+            (pb::SweepMethod::Unspecified | pb::SweepMethod::Run, None) => Way::Run,
+            (pb::SweepMethod::Unspecified | pb::SweepMethod::Run, Some(given)) => {
+                if !matches!(change, Change::Patch(_)) {
+                    return Err(EngineError::invalid(
+                        "path",
+                        "needs something to patch from: give `patch`",
+                    ));
+                }
+                most(given.receivers.len(), MOST_RECEIVERS, "path.receivers")?;
+                Way::Path(path(given)?)
+            }
+            (pb::SweepMethod::Estimate, None) => Way::Estimate,
+            (pb::SweepMethod::Both, None) => Way::Both {
+                most: request.most as usize,
+            },
+            (pb::SweepMethod::Estimate | pb::SweepMethod::Both, Some(_)) => {
+                return Err(EngineError::invalid(
+                    "method",
+                    "is an estimate, and paths are run: leave one of both out",
+                ));
+            }
+        };
+        let sweep = Sweep {
+            input,
+            target,
+            hooks: request.hooks,
+            layers: request.layers,
+            by,
+            change,
+            way,
+        };
+        Ok((model, sweep))
+    }
 }
 
-/// Sends a header, a row for each hook point as it is done, a summary.
+fn path(given: pb::PathPatch) -> Result<Path, EngineError> {
+    if given.receivers.is_empty() {
+        return Err(EngineError::invalid(
+            "path.receivers",
+            "is empty: say where the paths end, such as at the last hook_resid_post",
+        ));
+    }
+    let place = |r: pb::Receiver| Edit {
+        layers: r.layers,
+        heads: r.heads,
+        positions: r.positions,
+        ..Edit::whole(&r.hook, Operation::Zero)
+    };
+    Ok(Path {
+        receivers: given.receivers.into_iter().map(place).collect(),
+        freeze_mlps: given.freeze_mlps,
+    })
+}
+
+/// Sends a header, progress, the tensors of each hook point as it is done, a result, a summary. Ends when the reader leaves.
 pub(super) async fn answer(
     begun: Begun,
     call: Call,
@@ -120,68 +206,113 @@ pub(super) async fn answer(
 ) {
     let Begun {
         mut started,
-        model,
+        header,
         explained,
     } = begun;
     let mut ledger = Ledger::default();
-    ledger.sent(&[]);
-    if sender.send(Ok(Message::Header(model))).await.is_err() {
-        return;
-    }
-    for at in 0..started.hooks.len() {
-        let values = started.hook(at).await;
-        match values.and_then(|values| row(&started, at, &values)) {
-            Ok(row) => {
-                let data = |t: &Option<pb::Tensor>| t.as_ref().map(|t| t.data.clone());
-                let (effects, normalized) = (data(&row.effects), data(&row.normalized));
-                ledger.sent(&[
-                    &effects.unwrap_or_default(),
-                    &normalized.unwrap_or_default(),
-                ]);
-                if sender.send(Ok(Message::Row(row))).await.is_err() {
-                    return;
-                }
-            }
-            Err(error) => {
-                explained.failed(&error);
-                // A reader that left needs no error.
-                let _ = sender.send(Err(status::status(&error))).await;
-                return;
-            }
+    match told(&mut started, header, &call, (&sender, &mut ledger)).await {
+        Ok(true) => {
+            let spent = started.spent();
+            explained.answered(&spent.timings);
+            let summary = pb::Summary {
+                messages: ledger.messages,
+                bytes: ledger.bytes,
+                crc32c: ledger.crc32c,
+                timings: Some(to_proto::timings(&spent.timings, call.arrived.elapsed())),
+                rows: spent.forward_rows + spent.gradient_rows,
+                truncated_tokens: started.truncated,
+                ..pb::Summary::default()
+            };
+            // A reader that left needs none.
+            let _ = sender.send(Ok(Message::Summary(summary))).await;
+        }
+        Ok(false) => {}
+        Err(error) => {
+            explained.failed(&error);
+            let _ = sender.send(Err(status::status(&error))).await;
         }
     }
-    let spent = started.spent();
-    explained.answered(&spent.timings);
-    let summary = pb::Summary {
-        messages: ledger.messages,
-        bytes: ledger.bytes,
-        crc32c: ledger.crc32c,
-        timings: Some(to_proto::timings(&spent.timings, call.arrived.elapsed())),
-        rows: spent.forward_rows,
-        truncated_tokens: started.truncated,
-        ..pb::Summary::default()
-    };
-    // A reader that left needs none.
-    let _ = sender.send(Ok(Message::Summary(summary))).await;
 }
 
-fn row(started: &Started, at: usize, values: &[f64]) -> Result<pb::SweepRow, EngineError> {
-    let (hook, _) = &started.hooks[at];
-    let change: Vec<f64> = values.iter().map(|v| v - started.value).collect();
-    let whole = started.source_value.map(|s| s - started.value);
-    let normalized = whole.filter(|w| *w != 0.0);
-    let normalized = normalized.map(|w| change.iter().map(|c| c / w).collect::<Vec<f64>>());
-    let tensor = |name: &str, values: &[f64]| {
-        let axes = vec![started.by.name().to_owned()];
-        let tensor = floats(vec![values.len()], values)?;
-        Ok::<_, EngineError>(Pieces::new(name.to_owned(), axes, tensor).next())
+/// Everything before the summary; says no when the reader left.
+async fn told(
+    started: &mut Started,
+    header: pb::SweepHeader,
+    call: &Call,
+    (sender, ledger): (&mpsc::Sender<Result<Message, Status>>, &mut Ledger),
+) -> Result<bool, EngineError> {
+    let watch = started.watch();
+    let mut tick = tokio::time::interval_at(tokio::time::Instant::now() + TICK, TICK);
+    tick.set_missed_tick_behavior(MissedTickBehavior::Skip);
+    let mut messages = vec![Message::Header(header)];
+    loop {
+        for message in messages {
+            match &message {
+                Message::Tensor(t) => ledger.sent(&[&t.data]),
+                Message::Header(_)
+                | Message::Progress(_)
+                | Message::Result(_)
+                | Message::Summary(_) => ledger.sent(&[]),
+            }
+            if sender.send(Ok(message)).await.is_err() {
+                return Ok(false);
+            }
+        }
+        let next = {
+            let mut step = std::pin::pin!(started.next());
+            loop {
+                tokio::select! {
+                    next = &mut step => break next?,
+                    _ = tick.tick() => {
+                        // A reader that is behind gets the next one.
+                        if let Ok(room) = sender.try_reserve() {
+                            ledger.sent(&[]);
+                            room.send(Ok(progress(&watch.borrow(), call)));
+                        }
+                    }
+                }
+            }
+        };
+        let Some((at, effects)) = next else { break };
+        messages = tensors(started, at, &effects)?;
+    }
+    let (correlation, compared) = started.correlation();
+    let result = pb::SweepResult {
+        correlation,
+        compared: compared as u64,
     };
-    Ok(pb::SweepRow {
-        hook: hook.clone(),
-        effects: tensor("effects", &change)?,
-        normalized: match normalized {
-            Some(values) => tensor("normalized", &values)?,
-            None => None,
-        },
+    ledger.sent(&[]);
+    Ok(sender.send(Ok(Message::Result(result))).await.is_ok())
+}
+
+fn progress(partial: &Partial, call: &Call) -> Message {
+    Message::Progress(pb::SweepProgress {
+        rows_done: partial.rows_done,
+        rows_planned: partial.rows_planned,
+        elapsed_seconds: call.arrived.elapsed().as_secs_f64(),
     })
+}
+
+/// What was found at a hook point.
+fn tensors(started: &Started, at: usize, effects: &Effects) -> Result<Vec<Message>, EngineError> {
+    let swept = &started.swept[at];
+    let whole = started.source_value.map(|s| s - started.value);
+    let normalized = whole.filter(|w| *w != 0.0).and_then(|whole| {
+        let effects = effects.measured.as_ref()?;
+        Some(effects.iter().map(|e| e / whole).collect::<Vec<f64>>())
+    });
+    let all = [
+        ("effects", effects.measured.as_ref()),
+        ("normalized", normalized.as_ref()),
+        ("estimates", effects.estimated.as_ref()),
+    ];
+    let mut messages = Vec::new();
+    for (what, values) in all {
+        if let Some(values) = values {
+            let tensor = floats(swept.shape(), values)?;
+            let name = format!("{what}:{}", swept.name());
+            messages.extend(Pieces::new(name, swept.axes(), tensor).map(Message::Tensor));
+        }
+    }
+    Ok(messages)
 }

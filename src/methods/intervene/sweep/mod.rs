@@ -1,0 +1,455 @@
+//! Sweeps: one edit at every part of hook points, each by itself, and what that does to a number.
+//!
+//! ```text
+//!   ablation:              F(x with the part zeroed, or put to its mean) - F(x)
+//!   activation patching:   (F(x, patched from the source) - F(x)) / (F(source) - F(x))      as TransformerLens's `patching`
+//!   path patching:         the same by the direct path to receivers                         see `path`
+//!   attribution patching:  sum (new - x) dF/dx                                              see `estimate`
+//! ```
+//!
+//! The input is the corrupted one of a patching, the source the clean one. Every part is a row of one variant of the graph: nothing is
+//! rebuilt, and the parts of a hook point share runs.
+
+mod estimate;
+mod parts;
+mod path;
+
+use std::collections::BTreeMap;
+
+use tokio::sync::watch;
+
+pub use parts::By;
+
+use super::{
+    Edit, Intervention, Operation, Source,
+    operand::{Grid, Staged},
+    resolve::{Placed, resolver},
+};
+use crate::{
+    engine::{Ctx, EngineError, Lane, ModelHandle},
+    methods::{
+        attribute::{
+            Partial, Spent,
+            subject::{Show, Subject},
+            target::{self, Objective, Target, Terms},
+        },
+        input::{self, Input, Token},
+    },
+};
+use parts::Parts;
+use path::{Paths, of_rows};
+
+/// Name of the source of a patching.
+const SOURCE: &str = "source";
+
+/// What is swept, validated as far as it can be without the model.
+#[derive(Clone, Debug)]
+pub struct Sweep {
+    /// What the model is run on.
+    pub input: Input,
+    /// The number that is watched.
+    pub target: Target,
+    /// Hook points: kinds, names or patterns.
+    pub hooks: Vec<String>,
+    /// Layers; empty takes all.
+    pub layers: Vec<u32>,
+    /// Along which axes; none takes each hook point as a whole.
+    pub by: Vec<By>,
+    /// What is done with each part.
+    pub change: Change,
+    /// How effects are found.
+    pub way: Way,
+}
+
+/// What stands in the place of a part.
+#[derive(Clone, Debug)]
+pub enum Change {
+    /// Zero.
+    Zero,
+    /// The mean over inputs.
+    Mean(Vec<Input>),
+    /// What stands there in the run of another input.
+    Patch(Input),
+}
+
+/// How effects are found.
+#[derive(Clone, Debug)]
+pub enum Way {
+    /// A run for each part.
+    Run,
+    /// By gradients.
+    Estimate,
+    /// Both, with runs for so many parts of the greatest estimates; 0 for all.
+    Both {
+        /// How many.
+        most: usize,
+    },
+    /// Two runs for each part, that patch its path.
+    Path(Path),
+}
+
+/// Where paths end.
+#[derive(Clone, Debug)]
+pub struct Path {
+    /// Places; their operations do not count.
+    pub receivers: Vec<Edit>,
+    /// Whether perceptrons are held.
+    pub freeze_mlps: bool,
+}
+
+/// A sweep, ready to run.
+#[derive(Debug)]
+pub struct Started {
+    /// Tokens of the row.
+    pub tokens: Vec<Token>,
+    /// Tokens that truncation cut off.
+    pub truncated: u32,
+    /// What is watched.
+    pub objective: Objective,
+    /// Its value for the input.
+    pub value: f64,
+    /// Its value for the source of a patching.
+    pub source_value: Option<f64>,
+    /// The hook points, in the order of the graph.
+    pub swept: Vec<Swept>,
+    /// Rows that will be run.
+    pub rows: usize,
+    subject: Subject,
+    way: Ready,
+    estimated: Option<Vec<Vec<f64>>>,
+    /// Hook points that are done.
+    done: usize,
+    /// Estimates and effects of these.
+    pairs: Vec<(f64, f64)>,
+}
+
+/// A hook point and its parts.
+#[derive(Debug)]
+pub struct Swept {
+    parts: Parts,
+    /// What stands in the place of a part.
+    new: Grid,
+}
+
+impl Swept {
+    /// Canonical name.
+    pub fn name(&self) -> &str {
+        &self.parts.site.hook
+    }
+
+    /// Names of the axes that are swept over.
+    pub fn axes(&self) -> Vec<String> {
+        self.parts.axes()
+    }
+
+    /// How many parts there are along each.
+    pub fn shape(&self) -> Vec<usize> {
+        self.parts.shape()
+    }
+}
+
+/// How effects are found, with what that needs.
+#[derive(Debug)]
+enum Ready {
+    Run(Show),
+    Estimate,
+    Both(Show, usize),
+    Path(Paths),
+}
+
+/// What a sweep found at a hook point.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Effects {
+    /// The number with each part changed, less the number as it is; NaN for parts that were not run. None when none was.
+    pub measured: Option<Vec<f64>>,
+    /// By gradients.
+    pub estimated: Option<Vec<f64>>,
+}
+
+/// Validates a sweep, runs what it needs beside its parts, and tells what will come.
+///
+/// # Errors
+/// With paths of fields that begin at the request. [`EngineError::ResourceExhausted`] when it would take more than `max_rows` rows.
+pub async fn start(
+    handle: &ModelHandle,
+    sweep: Sweep,
+    (max_rows, lane): (usize, Lane),
+    ctx: &Ctx,
+) -> Result<Started, EngineError> {
+    let mut prepared = input::prepare(handle, sweep.input.clone(), ctx)
+        .await
+        .map_err(|e| e.beneath("input"))?;
+    let mut clean = match &sweep.change {
+        Change::Zero | Change::Mean(_) => None,
+        Change::Patch(source) => {
+            let clean = input::prepare(handle, source.clone(), ctx).await;
+            Some(clean.map_err(|e| e.beneath("patch"))?)
+        }
+    };
+    let of_target = |e: EngineError| e.beneath("target");
+    // A divergence is from what is right: of a patching, from the source.
+    let diverges = matches!(sweep.target.of, Terms::Divergence(_));
+    let right = clean.as_mut().filter(|_| diverges);
+    let objective = target::resolve(
+        handle,
+        &sweep.target,
+        right.unwrap_or(&mut prepared),
+        lane,
+        ctx,
+    );
+    let objective = objective.await.map_err(of_target)?;
+    if let Some(clean) = clean.as_mut().filter(|_| objective.asked > 0) {
+        // The continuation belongs to both.
+        target::resolve(handle, &sweep.target, clean, lane, ctx)
+            .await
+            .map_err(of_target)?;
+    }
+    if diverges && clean.is_none() && matches!(sweep.way, Way::Estimate | Way::Both { .. }) {
+        return Err(EngineError::invalid(
+            "method",
+            "estimates by the gradient, and a divergence from the input's own prediction has none there: run the parts",
+        ));
+    }
+    let intervention = Intervention {
+        edits: Vec::new(),
+        sources: sources(&sweep, clean.as_ref()),
+    };
+    let resolver = resolver(handle, &intervention, (lane, ctx));
+    let edits = edits(&sweep);
+    let places = resolver.places(&edits, &prepared).await;
+    let mut swept = Vec::new();
+    for Placed { site, staged } in places.map_err(of_request)? {
+        let parts = Parts::new(site, &sweep.by)?;
+        let new = match staged {
+            Staged { mut operands, .. } if operands.len() == 2 => operands.remove(1),
+            Staged { .. } => return Err(EngineError::internal("a part is replaced by a move")),
+        };
+        swept.push(Swept { parts, new });
+    }
+    let mut show = Show::objective();
+    for swept in &swept {
+        show = show.moving(swept.name());
+    }
+    let all: usize = swept.iter().map(|s| s.parts.len()).sum();
+    let (way, rows) = match sweep.way {
+        Way::Run => (Ready::Run(show), all),
+        Way::Estimate => (Ready::Estimate, 1),
+        Way::Both { most: 0 } => (Ready::Both(show, all), 1 + all),
+        Way::Both { most } => (Ready::Both(show, most.min(all)), 1 + most.min(all)),
+        Way::Path(path) => {
+            let paths = Paths::new(&path, &prepared, &resolver).await?;
+            (Ready::Path(paths), 2 * all)
+        }
+    };
+    if rows > max_rows {
+        return Err(EngineError::exhausted(
+            format!(
+                "the sweep would take {rows} rows, more than the limit of {max_rows}: name fewer layers, or estimate"
+            ),
+            None,
+        ));
+    }
+    // The variant that runs the parts gives the number as it is too.
+    let plain = match &way {
+        Ready::Run(show) | Ready::Both(show, _) => show.clone(),
+        Ready::Estimate | Ready::Path(_) => Show::objective(),
+    };
+    let subject = |row, tokens| {
+        let terms = (lane, ctx.clone());
+        Subject::new(handle.clone(), (row, tokens), objective.clone(), terms)
+    };
+    let source_value = match clean {
+        Some(clean) => {
+            let mut subject = subject(clean.group, clean.tokens);
+            Some(value(&mut subject, &plain).await?)
+        }
+        None => None,
+    };
+    let mut subject = subject(prepared.group, prepared.tokens.clone());
+    subject.spent.timings.tokenize = prepared.tokenize;
+    let value = value(&mut subject, &plain).await?;
+    subject.plan(rows);
+    Ok(Started {
+        tokens: prepared.tokens,
+        truncated: prepared.truncated,
+        objective,
+        value,
+        source_value,
+        swept,
+        rows,
+        subject,
+        way,
+        estimated: None,
+        done: 0,
+        pairs: Vec::new(),
+    })
+}
+
+/// The edit that is made at every part.
+fn edits(sweep: &Sweep) -> Vec<Edit> {
+    let operation = match &sweep.change {
+        Change::Zero => Operation::Zero,
+        Change::Mean(inputs) => Operation::Mean(inputs.clone()),
+        Change::Patch(_) => Operation::Interchange {
+            source: SOURCE.to_owned(),
+            positions: Vec::new(),
+        },
+    };
+    let edit = |hook: &String| Edit {
+        layers: sweep.layers.clone(),
+        ..Edit::whole(hook, operation.clone())
+    };
+    sweep.hooks.iter().map(edit).collect()
+}
+
+/// What is patched from, with the continuation that the target asks for.
+fn sources(sweep: &Sweep, clean: Option<&input::Prepared>) -> BTreeMap<String, Source> {
+    let (Change::Patch(given), Some(clean)) = (&sweep.change, clean) else {
+        return BTreeMap::new();
+    };
+    let input = if matches!(sweep.target.of, Terms::Continuation(_)) {
+        Input::Tokens {
+            ids: clean.tokens.iter().map(|t| t.id).collect(),
+            type_ids: Vec::new(),
+        }
+    } else {
+        given.clone()
+    };
+    let source = Source {
+        input,
+        edits: Vec::new(),
+    };
+    [(SOURCE.to_owned(), source)].into()
+}
+
+/// Fields of the edit are those of the request; those of its operation have names of their own there.
+fn of_request(error: EngineError) -> EngineError {
+    let EngineError::InvalidArgument { field, message } = error else {
+        return error;
+    };
+    let field = if field.starts_with("interchange") || field.contains("sources[") {
+        "patch".to_owned()
+    } else {
+        field
+    };
+    EngineError::InvalidArgument { field, message }
+}
+
+/// The number for the row as it is.
+async fn value(subject: &mut Subject, show: &Show) -> Result<f64, EngineError> {
+    let mut value = f64::NAN;
+    subject
+        .values(show, (1, 1), |_| Ok(Vec::new()), |_, _, v| value = v)
+        .await?;
+    if !value.is_finite() {
+        return Err(EngineError::precondition(format!(
+            "the target's value for this input is {value}: there is nothing to compare with"
+        )));
+    }
+    Ok(value)
+}
+
+impl Started {
+    /// What was spent so far.
+    pub fn spent(&self) -> Spent {
+        self.subject.spent
+    }
+
+    /// Where progress can be watched.
+    pub fn watch(&self) -> watch::Receiver<Partial> {
+        self.subject.watch()
+    }
+
+    /// What was found at the next hook point, by its place in `swept`; none behind the last.
+    ///
+    /// # Errors
+    /// Those of the runs.
+    pub async fn next(&mut self) -> Result<Option<(usize, Effects)>, EngineError> {
+        let at = self.done;
+        let Some(swept) = self.swept.get(at) else {
+            return Ok(None);
+        };
+        let estimates = matches!(self.way, Ready::Estimate | Ready::Both(..));
+        if estimates && self.estimated.is_none() {
+            self.estimated = Some(estimate::estimates(&mut self.subject, &self.swept).await?);
+        }
+        let measured = match &self.way {
+            Ready::Estimate => None,
+            Ready::Path(paths) => Some(paths.values(&mut self.subject, swept).await?),
+            Ready::Run(show) | Ready::Both(show, _) => {
+                let chosen = self.chosen(at);
+                Some(measured(&mut self.subject, (show, swept), &chosen).await?)
+            }
+        };
+        let measured = measured.map(|values| {
+            let effects = values.into_iter().map(|v| v - self.value);
+            effects.collect::<Vec<f64>>()
+        });
+        let estimated = self.estimated.as_ref().map(|e| e[at].clone());
+        if let (Some(a), Some(b)) = (&estimated, &measured) {
+            self.pairs.extend(a.iter().copied().zip(b.iter().copied()));
+        }
+        self.done += 1;
+        let effects = Effects {
+            measured,
+            estimated,
+        };
+        Ok(Some((at, effects)))
+    }
+
+    /// Pearson's correlation of estimates and effects, and over how many parts.
+    pub fn correlation(&self) -> (Option<f64>, usize) {
+        estimate::correlation(self.pairs.iter().map(|(a, b)| (a, b)))
+    }
+
+    /// The parts of a hook point that are run.
+    fn chosen(&self, at: usize) -> Vec<usize> {
+        let all = (0..self.swept[at].parts.len()).collect();
+        let (Ready::Both(_, most), Some(estimated)) = (&self.way, &self.estimated) else {
+            return all;
+        };
+        let of_hook = |(hook, parts): (usize, &Vec<f64>)| {
+            let parts = parts.iter().enumerate();
+            // What is no number goes last.
+            let size = |e: f64| if e.is_nan() { -1.0 } else { e.abs() };
+            parts
+                .map(|(part, e)| (size(*e), hook, part))
+                .collect::<Vec<_>>()
+        };
+        let mut ranked: Vec<(f64, usize, usize)> =
+            estimated.iter().enumerate().flat_map(of_hook).collect();
+        ranked.sort_by(|(a, ..), (b, ..)| b.total_cmp(a));
+        let ranked = ranked.into_iter().take(*most);
+        let here = ranked.filter(|(_, hook, _)| *hook == at);
+        let mut chosen: Vec<usize> = here.map(|(.., part)| part).collect();
+        chosen.sort_unstable();
+        chosen
+    }
+}
+
+/// The number with each of some parts changed by itself; NaN for the others.
+async fn measured(
+    subject: &mut Subject,
+    (show, swept): (&Show, &Swept),
+    parts: &[usize],
+) -> Result<Vec<f64>, EngineError> {
+    let info = subject.handle.info().clone();
+    let mut values = vec![f64::NAN; swept.parts.len()];
+    let operands = |part: usize| {
+        let both = swept.parts.replaced(part, &swept.new, None);
+        vec![(swept.name(), both)]
+    };
+    let bytes = parts.first().map_or(1, |part| {
+        let (_, both) = &operands(*part)[0];
+        both.iter().map(|g| g.values.len() * size_of::<f32>()).sum()
+    });
+    subject
+        .values(
+            show,
+            (parts.len(), bytes),
+            |range| of_rows(&info, range.map(|at| operands(parts[at]))),
+            |_, at, value| values[parts[at]] = value,
+        )
+        .await?;
+    Ok(values)
+}
