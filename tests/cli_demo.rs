@@ -22,6 +22,9 @@ fn the_demonstration_shows_everything_and_ends() {
         "Attention of layer",
         "Why?",
         "Integrated gradients, 20 points",
+        "Which heads matter?",
+        "blocks.3.attn.hook_z, head",
+        "17 rows",
         "Which layer knows?",
         "logistic on 192 examples",
         "hidden_states.4",
@@ -49,6 +52,8 @@ fn the_demonstration_shows_everything_and_ends() {
         "4 layers of 4 heads"
     );
     assert!(html.contains("fantastic"));
+    let html = std::fs::read_to_string(format!("{out}/heads.html")).unwrap();
+    assert_eq!(html.matches("<td ").count(), 16, "a cell for each head");
     let html = std::fs::read_to_string(format!("{out}/attribution.html")).unwrap();
     assert!(html.contains("fantastic") && html.contains("integrated_gradients"));
 }

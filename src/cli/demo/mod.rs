@@ -2,6 +2,7 @@
 
 mod explained;
 mod head;
+mod heads;
 mod layers;
 mod metrics;
 
@@ -24,6 +25,7 @@ use super::{
     local::{self, Local},
     out::{self, Paint, clean},
     picture::{self, Attention},
+    sweep,
 };
 use crate::{
     config::Flags,
@@ -76,7 +78,7 @@ pub(super) struct DemoArgs {
     /// Head of the attention map
     #[arg(long, value_name = "N", requires = "layer")]
     head: Option<usize>,
-    /// Folder to write attention.png, attention.html, attribution.html and layers.png to
+    /// Folder to write attention.png, attention.html, attribution.html, heads.html and layers.png to
     #[arg(long, value_name = "DIR", default_value = "introspectd-demo")]
     out: PathBuf,
     /// End when everything is shown; without it the daemon runs on until Ctrl-C
@@ -207,6 +209,13 @@ async fn show(args: &DemoArgs, local: &Local, began: Instant) -> Result<(), CliE
         ),
     );
     text.push_str(&explained.page());
+    let ablated = heads::ablate(&session, NAME, &args.text).await?;
+    section(
+        &mut text,
+        paint,
+        "Which heads matter? Each put to zero by itself, and what that does to the score",
+    );
+    text.push_str(&sweep::page(&ablated));
     let probe = layers::train(&session, NAME).await?;
     section(
         &mut text,
@@ -220,6 +229,7 @@ async fn show(args: &DemoArgs, local: &Local, began: Instant) -> Result<(), CliE
     let pictures = Pictures {
         attention: &attention,
         explained: explained.html(),
+        heads: sweep::html(&ablated),
         layers: layers::png(&probe)?,
     };
     text.push_str(&files(&args.out, &pictures)?);
@@ -373,6 +383,7 @@ fn hidden_states(captured: &Captured, model: &Model) -> Result<String, CliError>
 struct Pictures<'a> {
     attention: &'a Attention,
     explained: String,
+    heads: String,
     layers: Vec<u8>,
 }
 
@@ -398,6 +409,11 @@ fn files(folder: &Path, pictures: &Pictures<'_>) -> Result<String, CliError> {
             "attribution.html",
             pictures.explained.as_bytes(),
             "the text, coloured by integrated gradients",
+        ),
+        (
+            "heads.html",
+            pictures.heads.as_bytes(),
+            "what each head does to the score",
         ),
         (
             "layers.png",
@@ -433,6 +449,7 @@ fn commands(address: SocketAddr, text: &str, layer: usize, head: usize) -> Strin
     format!(
         "  {me} capture {NAME} {quoted} -o demo.npz{server}\n  \
          {me} attribute {NAME} {quoted} --words{server}\n  \
+         {me} sweep {NAME} {quoted} --hooks mlp_post --by dim --method both --most 20{server}\n  \
          {me} inspect {NAME}{server}\n  \
          {me} capture {NAME} {quoted} --hooks post --top-k 5 --by-magnitude{server}\n  \
          grpcurl -plaintext -d {json} {address} introspect.v1.CaptureService/Capture\n"

@@ -22,7 +22,7 @@ use super::{
 };
 use crate::service::wire::introspect::{self as pb, sweep_request::Change};
 pub(super) use answer::{Swept, ask};
-pub(super) use show::page;
+pub(super) use show::{html, page};
 
 pub(super) const EXAMPLES: &str = "\
 Examples:

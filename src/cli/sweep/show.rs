@@ -221,6 +221,11 @@ fn grids(found: &Swept) -> Vec<Grid> {
     grids
 }
 
+/// The heat maps as a page.
+pub(in crate::cli) fn html(found: &Swept) -> String {
+    grid::html(&headline(found), &grids(found))
+}
+
 /// Everything, as files.
 pub(super) fn contents(found: &Swept) -> Contents {
     let arrays = found.tensors.iter();

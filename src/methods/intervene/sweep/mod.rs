@@ -204,6 +204,19 @@ pub async fn start(
             .await
             .map_err(of_target)?;
     }
+    if let Some(clean) = clean
+        .as_ref()
+        .filter(|c| c.group.length != prepared.group.length)
+    {
+        return Err(EngineError::invalid(
+            "patch",
+            format!(
+                "has {} tokens and the input {}: give an input of as many tokens, or map positions by an intervention",
+                clean.tokens.len(),
+                prepared.tokens.len()
+            ),
+        ));
+    }
     if diverges && clean.is_none() && matches!(sweep.way, Way::Estimate | Way::Both { .. }) {
         return Err(EngineError::invalid(
             "method",
