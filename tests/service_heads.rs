@@ -26,6 +26,8 @@ const IDS: [u32; 6] = [2, 9, 17, 9, 11, 3];
 const OTHER: [u32; 5] = [2, 21, 8, 21, 3];
 /// Same operators, other batch or place in the graph.
 const CLOSE: f64 = 1e-5;
+/// Same mathematics by other operators.
+const REWRITTEN: f64 = 1e-4;
 
 #[derive(Debug, Default)]
 struct Answer {
@@ -437,6 +439,96 @@ async fn offsets_are_means_over_the_pairs_that_exist() {
         let (_, entries) = &answer.tensors["offsets.entries"];
         let middle = i64::from_le_bytes(entries.as_chunks::<8>().0[longest - 1]);
         assert_eq!(middle as usize, IDS.len() + OTHER.len());
+    }
+    d.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn positions_are_compared_where_a_model_adds_them() {
+    let d = TestDaemon::with(&MODELS).await;
+    for model in MODELS {
+        let request = pb::HeadsRequest {
+            similarity: true,
+            measures: vec![M::Self_.into()],
+            ..on(model, &[&OTHER, &IDS])
+        };
+        if model.starts_with("llama") {
+            let error = ask(&d, request).await.unwrap_err();
+            assert_eq!(error.code(), Code::FailedPrecondition, "{error:?}");
+            assert!(error.message().contains("hook_pos_embed"), "{error:?}");
+            continue;
+        }
+        let answer = ask(&d, request).await.unwrap();
+        let n = IDS.len();
+        assert_eq!(answer.shape("position_similarity"), [n, n], "{model}");
+        let found = answer.values("position_similarity");
+        let shown = d
+            .capture(ids(
+                model,
+                &IDS,
+                hooks(&["hook_embed", "hook_pos_embed", "hook_embed_out"]),
+            ))
+            .await
+            .unwrap();
+        let added = shown.values("hook_pos_embed");
+        let width = added.len() / n;
+        if model.starts_with("gpt2") {
+            // Nothing else is added, and nothing is normalised.
+            let (before, after) = (
+                shown.values("hook_embed"),
+                shown.values("blocks.0.hook_resid_pre"),
+            );
+            for ((a, b), p) in before.iter().zip(&after).zip(&added) {
+                assert!(f64::from((b - a - p).abs()) <= REWRITTEN, "{model}");
+            }
+        }
+        // Without them, a token is the same everywhere.
+        let zero = pb::Edit {
+            hook: "hook_pos_embed".to_owned(),
+            operation: Some(pb::edit::Operation::Zero(pb::Zero {})),
+            ..pb::Edit::default()
+        };
+        let without = pb::CaptureRequest {
+            intervention: Some(pb::Intervention {
+                edits: vec![zero],
+                ..pb::Intervention::default()
+            }),
+            ..ids(model, &[9; 4], hooks(&["blocks.0.hook_resid_pre"]))
+        };
+        let without = d
+            .capture(without)
+            .await
+            .unwrap()
+            .values("blocks.0.hook_resid_pre");
+        for row in without.chunks_exact(width) {
+            let off = row
+                .iter()
+                .zip(&without)
+                .map(|(a, b)| f64::from((a - b).abs()));
+            assert!(off.fold(0.0, f64::max) <= REWRITTEN, "{model}");
+        }
+        // They are the same for other tokens.
+        let others = d
+            .capture(ids(model, &OTHER, hooks(&["hook_pos_embed"])))
+            .await
+            .unwrap();
+        assert_eq!(
+            others.values("hook_pos_embed"),
+            added[..OTHER.len() * width],
+            "{model}"
+        );
+        let row = |at: usize| &added[at * width..][..width];
+        let dot = |a: &[f32], b: &[f32]| -> f64 {
+            a.iter()
+                .zip(b)
+                .map(|(x, y)| f64::from(*x) * f64::from(*y))
+                .sum()
+        };
+        for (at, found) in found.iter().enumerate() {
+            let (a, b) = (row(at / n), row(at % n));
+            let wanted = dot(a, b) / (dot(a, a) * dot(b, b)).sqrt();
+            assert!((found - wanted).abs() <= CLOSE, "{model} {at}");
+        }
     }
     d.stop().await;
 }
