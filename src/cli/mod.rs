@@ -7,6 +7,7 @@
 //! Results go to standard output, everything else to standard error. Exit codes: 0, 1 for failures, 2 for a command line that
 //! means nothing. A reader of standard output that leaves ends a command quietly.
 
+mod arrays;
 mod assemble;
 mod attribute;
 mod capture;
@@ -15,11 +16,13 @@ mod demo;
 mod doctor;
 mod error;
 mod files;
+mod heads;
 mod http;
 mod inspect;
 mod intervene;
 mod local;
 mod models;
+mod neurons;
 mod out;
 pub mod picture;
 mod probe;
@@ -47,6 +50,8 @@ Examples:
     introspectd attribute bert \"Some text\"
     introspectd probe train bert --data labelled.tsv
     introspectd intervene bert \"Some text\" --edit 'z[layer=3;head=1] zero'
+    introspectd heads bert --detect induction_head
+    introspectd neurons bert --text-file texts.txt --examples 5
   Without a daemon:
     introspectd capture ./models/bert \"Some text\"
   When something is wrong:
@@ -87,6 +92,12 @@ enum Command {
     /// Change parts of a model while it runs, and see what that changes of its prediction
     #[command(after_help = intervene::EXAMPLES)]
     Intervene(Box<intervene::InterveneArgs>),
+    /// Measure what attention heads attend to, and find those of a kind
+    #[command(after_help = heads::EXAMPLES)]
+    Heads(Box<heads::HeadsArgs>),
+    /// Find the neurons that react most, and the texts that they react to
+    #[command(after_help = neurons::EXAMPLES)]
+    Neurons(Box<neurons::NeuronsArgs>),
     /// List, load, unload and reload the models of a daemon
     #[command(after_help = models::EXAMPLES)]
     Models(models::ModelsArgs),
@@ -130,6 +141,8 @@ async fn run(command: &Command) -> Result<(), CliError> {
         Command::Attribute(args) => attribute::run(args).await,
         Command::Probe(args) => probe::run(args).await,
         Command::Intervene(args) => intervene::run(args).await,
+        Command::Heads(args) => heads::run(args).await,
+        Command::Neurons(args) => neurons::run(args).await,
         Command::Models(args) => models::run(args).await,
         Command::Tokenize(args) => text::tokenize(args).await,
         Command::Predict(args) => text::predict(args).await,

@@ -1,0 +1,140 @@
+//! Arrays of an answer, put together from their pieces.
+
+use ndarray::{ArrayD, IxDyn};
+use serde_json::{Value, json};
+
+use super::{
+    assemble::Broken,
+    capture::json::{nested, shortest},
+};
+use crate::service::wire::introspect as pb;
+
+/// Tensors that come.
+#[derive(Debug, Default)]
+pub(super) struct Arrays(Vec<(pb::Tensor, Vec<u8>)>);
+
+/// A tensor that is there.
+#[derive(Clone, Debug)]
+pub(super) struct Array {
+    pub(super) name: String,
+    pub(super) axes: Vec<String>,
+    pub(super) values: ArrayD<f32>,
+}
+
+impl Arrays {
+    /// Takes a piece.
+    pub(super) fn take(&mut self, piece: pb::Tensor) -> Result<(), Broken> {
+        let joins = |(first, bytes): &&mut (pb::Tensor, Vec<u8>)| {
+            first.name == piece.name && bytes.len() as u64 == piece.offset
+        };
+        match self.0.last_mut().filter(joins) {
+            Some((_, bytes)) if piece.offset > 0 => bytes.extend_from_slice(&piece.data),
+            Some(_) | None if piece.offset == 0 => {
+                let bytes = piece.data.to_vec();
+                self.0.push((piece, bytes));
+            }
+            Some(_) | None => {
+                return Err(Broken::new(format!(
+                    "a piece of tensor \"{}\" does not join",
+                    piece.name
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// All of them, in the order of their arrival.
+    pub(super) fn finish(self) -> Result<Vec<Array>, Broken> {
+        self.0.into_iter().map(array).collect()
+    }
+}
+
+/// A tensor that came whole.
+pub(super) fn whole(tensor: pb::Tensor) -> Result<Array, Broken> {
+    let bytes = tensor.data.to_vec();
+    array((tensor, bytes))
+}
+
+fn array((tensor, bytes): (pb::Tensor, Vec<u8>)) -> Result<Array, Broken> {
+    let values: Vec<f32> = match tensor.dtype() {
+        pb::DType::F32 => bytes
+            .as_chunks()
+            .0
+            .iter()
+            .map(|b| f32::from_le_bytes(*b))
+            .collect(),
+        #[allow(clippy::cast_precision_loss)] // counts, for people
+        pb::DType::I64 => bytes
+            .as_chunks()
+            .0
+            .iter()
+            .map(|b| i64::from_le_bytes(*b) as f32)
+            .collect(),
+        other => {
+            return Err(Broken::new(format!(
+                "tensor \"{}\" is of the type {}",
+                tensor.name,
+                other.as_str_name()
+            )));
+        }
+    };
+    let shape = tensor.shape.iter().map(|n| usize::try_from(*n).ok());
+    let shape = shape.collect::<Option<Vec<usize>>>().unwrap_or_default();
+    let values = ArrayD::from_shape_vec(IxDyn(&shape), values);
+    let values = values.map_err(|_| {
+        Broken::new(format!(
+            "tensor \"{}\" is not as long as it says",
+            tensor.name
+        ))
+    })?;
+    Ok(Array {
+        name: tensor.name,
+        axes: tensor.axes,
+        values,
+    })
+}
+
+impl Array {
+    /// Axes and nested lists.
+    pub(super) fn json(&self) -> Value {
+        let mut flat = self.values.iter().map(|v| shortest(*v));
+        json!({
+            "axes": self.axes,
+            "shape": self.values.shape(),
+            "data": nested(self.values.shape(), &mut flat),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn piece(offset: u64, values: &[f32]) -> pb::Tensor {
+        pb::Tensor {
+            name: "x".into(),
+            dtype: pb::DType::F32.into(),
+            shape: vec![3],
+            offset,
+            data: values
+                .iter()
+                .flat_map(|v| v.to_le_bytes())
+                .collect::<Vec<u8>>()
+                .into(),
+            ..pb::Tensor::default()
+        }
+    }
+
+    #[test]
+    fn pieces_join_or_are_refused() {
+        let mut arrays = Arrays::default();
+        arrays.take(piece(0, &[1.0, f32::NAN])).unwrap();
+        arrays.take(piece(8, &[0.1])).unwrap();
+        let found = arrays.finish().unwrap();
+        assert_eq!(found[0].json()["data"], json!([1.0, null, 0.1]));
+        let mut arrays = Arrays::default();
+        arrays.take(piece(0, &[1.0])).unwrap();
+        assert!(arrays.take(piece(8, &[2.0])).is_err());
+        assert!(arrays.finish().is_err(), "too short");
+    }
+}
