@@ -220,6 +220,39 @@ fn every_layer_has_every_hook_point_and_every_check_passes() {
 }
 
 #[test]
+fn positions_that_are_added_are_found_and_others_are_not() {
+    for case in cases() {
+        let name = case.name();
+        let Some(hook) = case.anatomy.hook("hook_pos_embed") else {
+            assert!(
+                ["llama", "encoder_layer"]
+                    .iter()
+                    .any(|m| name.starts_with(m)),
+                "{name}: {:?}",
+                case.anatomy.missing
+            );
+            continue;
+        };
+        assert!(
+            !name.starts_with("llama"),
+            "{name} turns its queries and keys"
+        );
+        assert_eq!(hook.axes, [Axis::Batch, Axis::Pos, Axis::DModel], "{name}");
+        assert_eq!(hook.dims[2], case.anatomy.dims.d_model, "{name}");
+        let inputs = reference_inputs(&case.model, &case.reference);
+        let shown = captured(
+            &case.model,
+            &case.anatomy,
+            &["hook_pos_embed"],
+            false,
+            &inputs,
+        );
+        let shown = &shown.unwrap()["hook_pos_embed"];
+        assert_eq!(shown.shape().len(), 3, "{name}");
+    }
+}
+
+#[test]
 fn every_hook_point_comes_out_under_its_axes() {
     for case in cases() {
         let names: Vec<&str> = case.anatomy.hooks.iter().map(|h| h.name.as_str()).collect();
@@ -234,7 +267,9 @@ fn every_hook_point_comes_out_under_its_axes() {
                 hook.name
             );
             for ((extent, axis), dim) in shape.iter().zip(&hook.axes).zip(&hook.dims) {
-                if *axis == Axis::Batch {
+                // What is made once for all rows has one.
+                let once = *axis == Axis::Batch && *dim == Some(1);
+                if *axis == Axis::Batch && !once {
                     assert_eq!(*extent, 2, "{} {}", case.name(), hook.name);
                 } else if let Some(dim) = dim {
                     assert_eq!(extent, dim, "{} {} {axis:?}", case.name(), hook.name);

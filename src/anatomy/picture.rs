@@ -35,6 +35,7 @@ pub(super) fn picture(model: &Model, trace: &Trace, anatomy: &Anatomy) -> String
         }
     };
     line(0, "embed", "hook_embed");
+    line(1, "+ positions", "hook_pos_embed");
     for l in 0..trace.layers.len() {
         let name = |inside: &str| format!("blocks.{l}.{inside}");
         line(0, &format!("block {l}"), &name("hook_resid_pre"));

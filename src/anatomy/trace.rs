@@ -11,7 +11,10 @@ use super::{
     layers::{LayerTrace, layers},
     ops::{is_layout, is_projection},
 };
-use crate::onnx::{Graph, Model, ValueId};
+use crate::{
+    onnx::{Graph, Model, Node, ValueId},
+    tensor::Tensor,
+};
 
 /// Values after the last layer that may be its norm, the final norm or the head.
 const MAX_TAIL: usize = 32;
@@ -27,6 +30,10 @@ pub struct Trace {
     pub start: Option<ValueId>,
     /// The first representation of the input: the token embedding, or the first product with weights.
     pub embed: Option<ValueId>,
+    /// What joins the tokens before the first layer by sums, and does not come from them, in graph order.
+    pub added: Vec<ValueId>,
+    /// Those of [`Self::added`] that the file carries.
+    pub constants: Vec<(ValueId, Tensor)>,
     /// Rows of the token table.
     pub vocabulary: Option<usize>,
     /// The output that everything leads to.
@@ -64,6 +71,8 @@ pub fn trace(model: &Model) -> Trace {
             inputs: roles(graph, None, None, &[]),
             start: None,
             embed: None,
+            added: Vec::new(),
+            constants: Vec::new(),
             vocabulary: None,
             output: None,
             chain: Vec::new(),
@@ -115,6 +124,8 @@ pub fn trace(model: &Model) -> Trace {
         ),
         start: Some(start),
         embed: embed(&flow, lookup.is_some(), layers.first()),
+        added: added(&flow, layers.first()),
+        constants: Vec::new(),
         vocabulary: lookup.map(|l| l.rows),
         output: Some(flow.output()),
         chain: flow.chain(),
@@ -130,6 +141,9 @@ pub fn trace(model: &Model) -> Trace {
         observe: Vec::new(),
     };
     trace.observe = observe(graph, &flow, &trace);
+    let carried = trace.added.iter();
+    let carried = carried.filter_map(|v| Some((*v, graph.initializer(*v)?.tensor()?)));
+    trace.constants = carried.collect();
     trace
 }
 
@@ -140,6 +154,42 @@ fn embed(flow: &Flow<'_>, ids: bool, first: Option<&LayerTrace>) -> Option<Value
     flow.chain_to(first?.start)
         .into_iter()
         .find(|v| flow.maker(*v).is_some_and(|(_, n)| is_projection(flow, n)))
+}
+
+/// Operands of the sums between the tokens and the first layer that the tokens do not reach; of a sum among those, its operands too.
+fn added(flow: &Flow<'_>, first: Option<&LayerTrace>) -> Vec<ValueId> {
+    const STEPS: usize = 3;
+    let Some(end) = first.map(|l| l.start) else {
+        return Vec::new();
+    };
+    let is_sum = |node: &Node| node.is("Add") || node.is("Sum");
+    let graph = flow.graph();
+    let mut found = Vec::new();
+    for (_, node) in graph.nodes().filter(|(_, n)| is_sum(n)) {
+        let Some(sum) = node.output(0).filter(|v| flow.on_path(*v)) else {
+            continue;
+        };
+        if flow.order(sum) > flow.order(end) || !flow.reaches(sum, end) {
+            continue;
+        }
+        let mut open: Vec<(ValueId, usize)> = node
+            .reads()
+            .filter(|v| !flow.live(*v))
+            .map(|v| (v, 0))
+            .collect();
+        while let Some((value, steps)) = open.pop() {
+            if !found.contains(&value) {
+                found.push(value);
+            }
+            if let Some(maker) = graph.producer(value).map(|id| graph.node(id))
+                && steps < STEPS
+                && is_sum(maker)
+            {
+                open.extend(maker.reads().map(|v| (v, steps + 1)));
+            }
+        }
+    }
+    found
 }
 
 fn sort_out(flow: &Flow<'_>, found: &[Softmax]) -> (Vec<AttentionTrace>, Vec<Rejected>) {
@@ -372,6 +422,7 @@ fn observe(graph: &Graph, flow: &Flow<'_>, trace: &Trace) -> Vec<ValueId> {
             wanted.extend(&mlp.post);
         }
     }
+    wanted.extend(&trace.added);
     // Constants and inputs are known without a run.
     wanted
         .into_iter()

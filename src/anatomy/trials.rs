@@ -73,6 +73,14 @@ impl Trials {
         }
     }
 
+    /// With the constants of a trace, which every run shows alike.
+    fn knowing(mut self, trace: &Trace) -> Self {
+        for run in &mut self.values {
+            run.extend(trace.constants.iter().cloned());
+        }
+        self
+    }
+
     /// What a run showed of a value.
     pub fn value(&self, run: usize, value: ValueId) -> Option<&Tensor> {
         self.values.get(run)?.get(&value)
@@ -130,7 +138,7 @@ pub fn measure(
     let mut last = String::from("no trial input could be made");
     let mut ran: Option<Trials> = None;
     for plan in trial_plans(trace) {
-        match run(plan) {
+        match run(plan).map(|trials| trials.knowing(trace)) {
             Ok(trials) if trials.telling(trace) => return Ok(trials),
             // Once sizes are found, the other reading of the mask is all there is to try.
             Ok(trials) => match ran {

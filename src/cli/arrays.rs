@@ -1,102 +1,155 @@
-//! Tensors of single precision, put together from the pieces of a stream and checked against its summary.
-
-use std::collections::BTreeMap;
+//! Arrays of an answer, put together from their pieces.
 
 use ndarray::{ArrayD, ArrayView2, IxDyn};
+use serde_json::{Value, json};
 
-use super::{assemble::Tally, error::CliError};
+use super::{
+    assemble::Broken,
+    capture::json::{nested, shortest},
+};
 use crate::service::wire::introspect as pb;
 
-/// A tensor of single precision.
-#[derive(Clone, Debug, Default)]
+/// Tensors that come.
+#[derive(Debug, Default)]
+pub(super) struct Arrays(Vec<(pb::Tensor, Vec<u8>)>);
+
+/// A tensor that is there.
+#[derive(Clone, Debug)]
 pub(super) struct Array {
+    pub(super) name: String,
     pub(super) axes: Vec<String>,
-    pub(super) shape: Vec<usize>,
-    pub(super) values: Vec<f32>,
+    pub(super) values: ArrayD<f32>,
+}
+
+impl Arrays {
+    /// Takes a piece.
+    pub(super) fn take(&mut self, piece: pb::Tensor) -> Result<(), Broken> {
+        let joins = |(first, bytes): &&mut (pb::Tensor, Vec<u8>)| {
+            first.name == piece.name && bytes.len() as u64 == piece.offset
+        };
+        match self.0.last_mut().filter(joins) {
+            Some((_, bytes)) if piece.offset > 0 => bytes.extend_from_slice(&piece.data),
+            Some(_) | None if piece.offset == 0 => {
+                let bytes = piece.data.to_vec();
+                self.0.push((piece, bytes));
+            }
+            Some(_) | None => {
+                return Err(Broken::new(format!(
+                    "a piece of tensor \"{}\" does not join",
+                    piece.name
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// All of them, in the order of their arrival.
+    pub(super) fn finish(self) -> Result<Vec<Array>, Broken> {
+        self.0.into_iter().map(array).collect()
+    }
+}
+
+/// A tensor that came whole.
+pub(super) fn whole(tensor: pb::Tensor) -> Result<Array, Broken> {
+    let bytes = tensor.data.to_vec();
+    array((tensor, bytes))
+}
+
+fn array((tensor, bytes): (pb::Tensor, Vec<u8>)) -> Result<Array, Broken> {
+    let values: Vec<f32> = match tensor.dtype() {
+        pb::DType::F32 => bytes
+            .as_chunks()
+            .0
+            .iter()
+            .map(|b| f32::from_le_bytes(*b))
+            .collect(),
+        #[allow(clippy::cast_precision_loss)] // counts, for people
+        pb::DType::I64 => bytes
+            .as_chunks()
+            .0
+            .iter()
+            .map(|b| i64::from_le_bytes(*b) as f32)
+            .collect(),
+        other => {
+            return Err(Broken::new(format!(
+                "tensor \"{}\" is of the type {}",
+                tensor.name,
+                other.as_str_name()
+            )));
+        }
+    };
+    let shape = tensor.shape.iter().map(|n| usize::try_from(*n).ok());
+    let shape = shape.collect::<Option<Vec<usize>>>().unwrap_or_default();
+    let values = ArrayD::from_shape_vec(IxDyn(&shape), values);
+    let values = values.map_err(|_| {
+        Broken::new(format!(
+            "tensor \"{}\" is not as long as it says",
+            tensor.name
+        ))
+    })?;
+    Ok(Array {
+        name: tensor.name,
+        axes: tensor.axes,
+        values,
+    })
 }
 
 impl Array {
-    /// The same for other libraries.
-    pub(super) fn dense(&self) -> ArrayD<f32> {
-        // As many numbers as the shape says: that was checked when it was put together.
-        ArrayD::from_shape_vec(IxDyn(&self.shape), self.values.clone()).unwrap_or_default()
+    /// Extents.
+    pub(super) fn shape(&self) -> &[usize] {
+        self.values.shape()
+    }
+
+    /// All numbers, the last axis fastest.
+    pub(super) fn flat(&self) -> &[f32] {
+        self.values.as_slice().unwrap_or_default()
     }
 
     /// As a matrix, where it has two axes.
     pub(super) fn matrix(&self) -> Option<ArrayView2<'_, f32>> {
-        let [rows, columns] = self.shape[..] else {
-            return None;
-        };
-        ArrayView2::from_shape((rows, columns), &self.values).ok()
+        self.values.view().into_dimensionality().ok()
+    }
+
+    /// Axes and nested lists.
+    pub(super) fn json(&self) -> Value {
+        let mut flat = self.values.iter().map(|v| shortest(*v));
+        json!({
+            "axes": self.axes,
+            "shape": self.values.shape(),
+            "data": nested(self.values.shape(), &mut flat),
+        })
     }
 }
 
-/// The messages of a stream, as they come.
-#[derive(Debug, Default)]
-pub(super) struct Arrays {
-    tally: Tally,
-    parts: BTreeMap<String, (pb::Tensor, Vec<u8>)>,
-    ended: bool,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-fn broken(why: &str) -> CliError {
-    CliError::new(format!("the answer is broken: {why}"))
-}
-
-impl Arrays {
-    /// A message that carries no tensor, or one that is no part of the answer.
-    pub(super) fn other(&mut self, payload: &[&[u8]]) -> Result<(), CliError> {
-        if self.ended {
-            return Err(broken("it goes on after its summary"));
+    fn piece(offset: u64, values: &[f32]) -> pb::Tensor {
+        pb::Tensor {
+            name: "x".into(),
+            dtype: pb::DType::F32.into(),
+            shape: vec![3],
+            offset,
+            data: values
+                .iter()
+                .flat_map(|v| v.to_le_bytes())
+                .collect::<Vec<u8>>()
+                .into(),
+            ..pb::Tensor::default()
         }
-        self.tally.count(payload);
-        Ok(())
     }
 
-    /// A tensor, or a piece of one.
-    pub(super) fn piece(&mut self, piece: pb::Tensor) -> Result<(), CliError> {
-        self.other(&[&piece.data])?;
-        let data = piece.data.clone();
-        let (_, whole) = self
-            .parts
-            .entry(piece.name.clone())
-            .or_insert((piece, Vec::new()));
-        whole.extend_from_slice(&data);
-        Ok(())
-    }
-
-    /// The last message.
-    pub(super) fn summary(&mut self, summary: &pb::Summary) -> Result<(), CliError> {
-        self.ended = true;
-        self.tally
-            .check(summary.messages, summary.bytes, summary.crc32c)?;
-        Ok(())
-    }
-
-    /// The tensors, by name.
-    ///
-    /// # Errors
-    /// When there was no summary, or a tensor is not as long as it says.
-    pub(super) fn finish(self) -> Result<BTreeMap<String, Array>, CliError> {
-        if !self.ended {
-            return Err(CliError::new(
-                "the answer is incomplete: the stream ended without its summary",
-            )
-            .advise("ask again"));
-        }
-        let arrays = self.parts.into_iter().map(|(name, (tensor, bytes))| {
-            let numbers = bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b));
-            let extents = tensor.shape.iter().filter_map(|n| usize::try_from(*n).ok());
-            let array = Array {
-                axes: tensor.axes,
-                shape: extents.collect(),
-                values: numbers.collect(),
-            };
-            if array.shape.iter().product::<usize>() != array.values.len() {
-                return Err(broken("a tensor is not as long as it says"));
-            }
-            Ok((name, array))
-        });
-        arrays.collect()
+    #[test]
+    fn pieces_join_or_are_refused() {
+        let mut arrays = Arrays::default();
+        arrays.take(piece(0, &[1.0, f32::NAN])).unwrap();
+        arrays.take(piece(8, &[0.1])).unwrap();
+        let found = arrays.finish().unwrap();
+        assert_eq!(found[0].json()["data"], json!([1.0, null, 0.1]));
+        let mut arrays = Arrays::default();
+        arrays.take(piece(0, &[1.0])).unwrap();
+        assert!(arrays.take(piece(8, &[2.0])).is_err());
+        assert!(arrays.finish().is_err(), "too short");
     }
 }

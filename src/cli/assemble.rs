@@ -84,6 +84,13 @@ impl Named {
 #[error("the answer is broken: {0}")]
 pub(super) struct Broken(String);
 
+impl Broken {
+    /// For this reason.
+    pub(super) fn new(why: impl Into<String>) -> Self {
+        Broken(why.into())
+    }
+}
+
 impl From<Broken> for CliError {
     fn from(broken: Broken) -> Self {
         CliError::new(broken.to_string()).advise("nothing was written; ask again")

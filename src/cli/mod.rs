@@ -16,11 +16,13 @@ mod demo;
 mod doctor;
 mod error;
 mod files;
+mod heads;
 mod http;
 mod inspect;
 mod intervene;
 mod local;
 mod models;
+mod neurons;
 mod out;
 pub mod picture;
 mod probe;
@@ -50,6 +52,8 @@ Examples:
     introspectd probe train bert --data labelled.tsv
     introspectd intervene bert \"Some text\" --edit 'z[layer=3;head=1] zero'
     introspectd sweep bert \"Some text\"
+    introspectd heads bert --detect induction_head
+    introspectd neurons bert --text-file texts.txt --examples 5
   Without a daemon:
     introspectd capture ./models/bert \"Some text\"
   When something is wrong:
@@ -93,6 +97,12 @@ enum Command {
     /// Change every head, layer, position or neuron by itself, and see which ones matter
     #[command(after_help = sweep::EXAMPLES)]
     Sweep(Box<sweep::SweepArgs>),
+    /// Measure what attention heads attend to, and find those of a kind
+    #[command(after_help = heads::EXAMPLES)]
+    Heads(Box<heads::HeadsArgs>),
+    /// Find the neurons that react most, and the texts that they react to
+    #[command(after_help = neurons::EXAMPLES)]
+    Neurons(Box<neurons::NeuronsArgs>),
     /// List, load, unload and reload the models of a daemon
     #[command(after_help = models::EXAMPLES)]
     Models(models::ModelsArgs),
@@ -137,6 +147,8 @@ async fn run(command: &Command) -> Result<(), CliError> {
         Command::Probe(args) => probe::run(args).await,
         Command::Intervene(args) => intervene::run(args).await,
         Command::Sweep(args) => sweep::run(args).await,
+        Command::Heads(args) => heads::run(args).await,
+        Command::Neurons(args) => neurons::run(args).await,
         Command::Models(args) => models::run(args).await,
         Command::Tokenize(args) => text::tokenize(args).await,
         Command::Predict(args) => text::predict(args).await,

@@ -44,16 +44,14 @@ pub fn widen(spec: &VariantSpec, info: &ModelInfo) -> VariantSpec {
     }
     let deepest = asked.iter().filter_map(|h| h.layer).max();
     // A point without a layer stands before the first block or after the last; only the former is known to cost no depth.
-    let beyond = asked
-        .iter()
-        .any(|h| h.layer.is_none() && !h.name.starts_with("hook_embed"));
+    let beyond = asked.iter().any(|h| h.layer.is_none() && !before_layers(h));
     let within = |h: &HookInfo| {
         if spec.keep_outputs || beyond {
             return true;
         }
         match h.layer {
             Some(layer) => deepest.is_some_and(|deepest| layer <= deepest),
-            None => h.name.starts_with("hook_embed"),
+            None => before_layers(h),
         }
     };
     let mut expose = spec.expose.clone();
@@ -75,6 +73,11 @@ pub fn widen(spec: &VariantSpec, info: &ModelInfo) -> VariantSpec {
         expose,
         ..spec.clone()
     }
+}
+
+/// Whether a hook point without a layer stands before the first one.
+fn before_layers(hook: &HookInfo) -> bool {
+    hook.name.starts_with("hook_embed") || hook.name == "hook_pos_embed"
 }
 
 /// A hook point's name without its layer: `blocks.3.attn.hook_q` is of the kind `attn.hook_q`.

@@ -10,15 +10,21 @@
 //! - [`capture`]: all of these in a row;
 //! - [`attribute`]: what each part of the input contributes to a number that the model computes;
 //! - [`intervene`]: parts of the model edited while it runs, for any of these, and what that changes of the answer;
+//! - [`rows`]: hook points of a row in passes that fit into memory;
+//! - [`heads`]: what attention heads attend to, as numbers;
+//! - [`neurons`]: what neurons react to, over a corpus;
 //! - [`probe`]: small models that read a property off a hook point, trained, stored and scored.
 
 pub mod attribute;
 pub mod capture;
+pub mod heads;
 pub mod input;
 pub mod intervene;
+pub mod neurons;
 pub mod predict;
 pub mod probe;
 pub mod reduce;
+pub mod rows;
 pub mod select;
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ mod aliases;
 mod attention;
 mod head;
 mod lab;
+mod positions;
 mod product;
 mod stream;
 
@@ -566,6 +567,12 @@ fn read_ends(lab: &Lab<'_>, found: &mut Found, dims: &mut Dims, positions: Optio
         let positions = if ids { Some(&lengths[..]) } else { positions };
         let seen = stream(lab, embed, positions, Axis::DModel);
         found.add_streamed("hook_embed".to_owned(), None, seen);
+        let added = positions.and_then(|positions| positions::embedding(lab, positions));
+        let added = added.ok_or_else(|| {
+            "nothing that depends on the position alone is added to the tokens before the first layer"
+                .to_owned()
+        });
+        found.add_streamed("hook_pos_embed".to_owned(), None, added);
     }
     let Some(last) = trace.layers.last() else {
         return;

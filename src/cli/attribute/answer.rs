@@ -8,6 +8,7 @@ use tonic::transport::Channel;
 use crate::{
     cli::{
         arrays::{Array, Arrays},
+        assemble::Tally,
         error::CliError,
     },
     service::wire::introspect::{
@@ -36,12 +37,12 @@ pub(in crate::cli) struct Scored {
 impl Explained {
     /// The scores.
     pub(in crate::cli) fn scores(&self) -> &[f32] {
-        self.tensors.get("attributions").map_or(&[], |a| &a.values)
+        self.tensors.get("attributions").map_or(&[], Array::flat)
     }
 
     /// Names and scores of what is explained, where that is text.
     pub(in crate::cli) fn scored(&self) -> Vec<Scored> {
-        let errors = self.tensors.get("error").map(|a| &a.values);
+        let errors = self.tensors.get("error").map(Array::flat);
         let names: Vec<&String> = if self.header.features.is_empty() {
             self.header.tokens.iter().map(|t| &t.text).collect()
         } else {
@@ -104,16 +105,16 @@ pub(in crate::cli) async fn ask(
 ) -> Result<Explained, CliError> {
     let mut stream = client.attribute(request).await?.into_inner();
     let mut found = Explained::default();
-    let mut arrays = Arrays::default();
+    let (mut arrays, mut tally, mut ended) = (Arrays::default(), Tally::default(), false);
     while let Some(message) = stream.message().await? {
         match message.item {
             Some(Item::Header(h)) => {
-                arrays.other(&[])?;
+                tally.count(&[]);
                 found.header = h;
             }
             Some(Item::Progress(p)) => {
                 let partial = p.partial.as_ref().map(|t| t.data.clone());
-                arrays.other(&[&partial.unwrap_or_default()])?;
+                tally.count(&[&partial.unwrap_or_default()]);
                 bar.set_length(p.rows_planned);
                 bar.set_position(p.rows_done);
                 if let Some(error) = p.error {
@@ -121,12 +122,16 @@ pub(in crate::cli) async fn ask(
                 }
             }
             Some(Item::Result(r)) => {
-                arrays.other(&[])?;
+                tally.count(&[]);
                 found.result = r;
             }
-            Some(Item::Tensor(t)) => arrays.piece(t)?,
+            Some(Item::Tensor(t)) => {
+                tally.count(&[&t.data]);
+                arrays.take(t)?;
+            }
             Some(Item::Summary(s)) => {
-                arrays.summary(&s)?;
+                tally.check(s.messages, s.bytes, s.crc32c)?;
+                ended = true;
                 found.summary = s;
             }
             None => {
@@ -137,7 +142,14 @@ pub(in crate::cli) async fn ask(
         }
     }
     bar.finish_and_clear();
-    found.tensors = arrays.finish()?;
+    if !ended {
+        return Err(CliError::new(
+            "the answer is incomplete: the stream ended without its summary",
+        )
+        .advise("ask again"));
+    }
+    let tensors = arrays.finish()?.into_iter();
+    found.tensors = tensors.map(|a| (a.name.clone(), a)).collect();
     Ok(found)
 }
 

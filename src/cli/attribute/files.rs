@@ -2,7 +2,7 @@
 
 use std::io::Cursor;
 
-use ndarray::{Array1, Array2, ArrayD, IxDyn};
+use ndarray::{Array1, Array2, ArrayD};
 use ndarray_npy::{NpzWriter, WritableElement};
 use serde_json::{Value, json};
 
@@ -20,7 +20,7 @@ pub(super) fn json(found: &Explained) -> Value {
         .tensors
         .iter()
         .map(|(name, a)| {
-            let value = json!({ "axes": a.axes, "shape": a.shape, "values": a.values });
+            let value = json!({ "axes": a.axes, "shape": a.shape(), "values": a.flat() });
             (name.clone(), value)
         })
         .collect();
@@ -60,12 +60,7 @@ pub(super) fn json(found: &Explained) -> Value {
 pub(super) fn npz(found: &Explained) -> Result<Vec<u8>, CliError> {
     let mut archive = NpzWriter::new(Cursor::new(Vec::new()));
     for (name, a) in &found.tensors {
-        let array = ArrayD::from_shape_vec(IxDyn(&a.shape), a.values.clone());
-        put(
-            &mut archive,
-            name,
-            &array.map_err(|e| CliError::new(e.to_string()))?,
-        )?;
+        put(&mut archive, name, &a.values)?;
     }
     let tokens = &found.header.tokens;
     let ids = Array1::from_iter(tokens.iter().map(|t| i64::from(t.id)));
@@ -112,7 +107,10 @@ pub(in crate::cli) fn pictured(found: &Explained) -> attribution::Attribution {
     if let Some(error) = result.error {
         facts.push(format!("error {error:.2e} ({})", result.error_kind));
     }
-    let shape = found.tensors.get("attributions").map(|a| a.shape.clone());
+    let shape = found
+        .tensors
+        .get("attributions")
+        .map(|a| a.shape().to_vec());
     let scored = found.scored();
     attribution::Attribution {
         title: format!(

@@ -34,7 +34,7 @@ pub(super) fn page(found: &Explained) -> String {
             found
                 .tensors
                 .get("attributions")
-                .map(|a| a.shape.clone())
+                .map(|a| a.shape().to_vec())
                 .unwrap_or_default()
         );
     } else {

@@ -89,7 +89,8 @@ pub(super) async fn run(args: &CaptureArgs, file: &Path) -> Result<(), CliError>
     Ok(())
 }
 
-fn open(file: &Path) -> Result<Box<dyn Read + Send>, CliError> {
+/// A file of texts, or standard input.
+pub(in crate::cli) fn open(file: &Path) -> Result<Box<dyn Read + Send>, CliError> {
     if file == Path::new("-") {
         return Ok(Box::new(io::stdin()));
     }
@@ -129,15 +130,15 @@ fn bar(length: Option<u64>) -> ProgressBar {
 }
 
 /// A line of the file.
-struct Line {
-    number: u64,
-    text: String,
+pub(in crate::cli) struct Line {
+    pub(in crate::cli) number: u64,
+    pub(in crate::cli) text: String,
     /// When it failed for the first time with advice to retry.
     first_failure: Option<Instant>,
 }
 
 /// Reads every line. Ends early when nobody takes them any more.
-fn read(reader: impl Read, lines: &mpsc::Sender<Line>) -> Result<(), CliError> {
+pub(in crate::cli) fn read(reader: impl Read, lines: &mpsc::Sender<Line>) -> Result<(), CliError> {
     let mut reader = BufReader::new(reader);
     for number in 1u64.. {
         let mut line = Vec::new();

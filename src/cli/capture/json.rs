@@ -107,7 +107,7 @@ fn tensor(named: &Named) -> Result<Value, String> {
     Ok(value)
 }
 
-fn nested(shape: &[usize], flat: &mut impl Iterator<Item = Value>) -> Value {
+pub(in crate::cli) fn nested(shape: &[usize], flat: &mut impl Iterator<Item = Value>) -> Value {
     match shape.split_first() {
         None => flat.next().unwrap_or(Value::Null),
         // Without elements the outer extents alone may be huge; the shape stands beside the list.
@@ -117,7 +117,7 @@ fn nested(shape: &[usize], flat: &mut impl Iterator<Item = Value>) -> Value {
 }
 
 /// The shortest decimal that reads back as this f32: `0.1`, not `0.10000000149011612`.
-fn shortest(v: f32) -> Value {
+pub(in crate::cli) fn shortest(v: f32) -> Value {
     v.to_string()
         .parse::<f64>()
         .map_or(Value::Null, Value::from)

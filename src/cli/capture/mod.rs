@@ -1,6 +1,6 @@
 //! `capture`: what happens inside a model while it runs, on the terminal or in a file.
 
-mod bulk;
+pub(super) mod bulk;
 mod inputs;
 pub(super) mod json;
 mod npz;

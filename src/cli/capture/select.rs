@@ -166,13 +166,14 @@ impl SelectionArgs {
     }
 }
 
-fn numbers(numbers: Option<&Numbers>) -> Vec<u32> {
+/// The numbers; none for all.
+pub(in crate::cli) fn numbers(numbers: Option<&Numbers>) -> Vec<u32> {
     numbers.map(|n| n.0.clone()).unwrap_or_default()
 }
 
 /// Numbers and ranges, such as `0,4-7`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(in crate::cli) struct Numbers(pub(in crate::cli) Vec<u32>);
+pub(in crate::cli) struct Numbers(Vec<u32>);
 
 impl FromStr for Numbers {
     type Err = String;

@@ -8,6 +8,7 @@ use tonic::transport::Channel;
 use crate::{
     cli::{
         arrays::{Array, Arrays},
+        assemble::Tally,
         error::CliError,
     },
     service::wire::introspect::{
@@ -44,26 +45,30 @@ pub(in crate::cli) async fn ask(
 ) -> Result<Swept, CliError> {
     let mut stream = client.sweep(request).await?.into_inner();
     let mut found = Swept::default();
-    let mut arrays = Arrays::default();
+    let (mut arrays, mut tally, mut ended) = (Arrays::default(), Tally::default(), false);
     while let Some(message) = stream.message().await? {
         match message.item {
             Some(Item::Header(header)) => {
-                arrays.other(&[])?;
+                tally.count(&[]);
                 bar.set_length(header.rows);
                 found.header = header;
             }
             Some(Item::Progress(progress)) => {
-                arrays.other(&[])?;
+                tally.count(&[]);
                 bar.set_length(progress.rows_planned);
                 bar.set_position(progress.rows_done);
             }
-            Some(Item::Tensor(tensor)) => arrays.piece(tensor)?,
+            Some(Item::Tensor(tensor)) => {
+                tally.count(&[&tensor.data]);
+                arrays.take(tensor)?;
+            }
             Some(Item::Result(result)) => {
-                arrays.other(&[])?;
+                tally.count(&[]);
                 found.result = result;
             }
             Some(Item::Summary(summary)) => {
-                arrays.summary(&summary)?;
+                tally.check(summary.messages, summary.bytes, summary.crc32c)?;
+                ended = true;
                 found.summary = summary;
             }
             None => {
@@ -74,6 +79,13 @@ pub(in crate::cli) async fn ask(
         }
     }
     bar.finish_and_clear();
-    found.tensors = arrays.finish()?;
+    if !ended {
+        return Err(CliError::new(
+            "the answer is incomplete: the stream ended without its summary",
+        )
+        .advise("ask again"));
+    }
+    let tensors = arrays.finish()?.into_iter();
+    found.tensors = tensors.map(|a| (a.name.clone(), a)).collect();
     Ok(found)
 }

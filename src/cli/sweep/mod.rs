@@ -14,7 +14,7 @@ use super::{
     attribute::{TargetArgs, answer as attributed},
     capture::{
         Kind,
-        select::{Numbers, OtherArgs, TextArgs},
+        select::{Numbers, OtherArgs, TextArgs, numbers},
     },
     client::{Session, Target},
     error::CliError,
@@ -184,7 +184,7 @@ impl SweepArgs {
             input: Some(input),
             target: Some(self.question.target()?),
             hooks: self.hooks.clone(),
-            layers: self.layers.as_ref().map_or_else(Vec::new, |l| l.0.clone()),
+            layers: numbers(self.layers.as_ref()),
             by: by.iter().map(axis).collect(),
             change: Some(self.change()?),
             method: match self.method {

@@ -99,7 +99,7 @@ fn listed(found: &Swept, what: &str) -> Vec<Part> {
     let mut parts = Vec::new();
     for (hook, array) in found.of(what) {
         let normalized = found.tensors.get(&format!("normalized:{hook}"));
-        for (at, value) in array.values.iter().enumerate() {
+        for (at, value) in array.flat().iter().enumerate() {
             if value.is_nan() {
                 continue;
             }
@@ -108,7 +108,7 @@ fn listed(found: &Swept, what: &str) -> Vec<Part> {
                 value: *value,
                 normalized: normalized
                     .filter(|_| what == "effects")
-                    .and_then(|n| n.values.get(at).copied()),
+                    .and_then(|n| n.flat().get(at).copied()),
             });
         }
     }
@@ -121,7 +121,7 @@ fn named(found: &Swept, hook: &str, array: &Array, at: usize) -> String {
     let mut name = hook.to_owned();
     let mut rest = at;
     let mut places = Vec::new();
-    for (axis, extent) in array.axes.iter().zip(&array.shape).rev() {
+    for (axis, extent) in array.axes.iter().zip(array.shape()).rev() {
         places.push((axis, rest % (*extent).max(1)));
         rest /= (*extent).max(1);
     }
@@ -177,7 +177,7 @@ fn grids(found: &Swept) -> Vec<Grid> {
         for (hook, array) in all {
             let (layer, kind) = split(hook);
             let alike = |(k, rows): &&mut (&str, Vec<(String, &Array)>)| {
-                *k == kind && rows[0].1.shape == array.shape && array.shape.len() == 1
+                *k == kind && rows[0].1.shape() == array.shape() && array.shape().len() == 1
             };
             match of_kinds.iter_mut().find(alike) {
                 Some((_, rows)) => rows.push((layer, array)),
@@ -192,10 +192,10 @@ fn grids(found: &Swept) -> Vec<Grid> {
                     matrix.to_owned(),
                 ),
                 None => {
-                    let width = first.values.len();
+                    let width = first.flat().len();
                     let all: Vec<f32> = rows
                         .iter()
-                        .flat_map(|(_, a)| a.values.iter().copied())
+                        .flat_map(|(_, a)| a.flat().iter().copied())
                         .collect();
                     let matrix = Array2::from_shape_vec((rows.len(), width), all);
                     let layers = rows.iter().map(|(l, _)| l.clone()).collect();
@@ -203,7 +203,7 @@ fn grids(found: &Swept) -> Vec<Grid> {
                 }
             };
             let last = first.axes.last().map_or("", String::as_str);
-            let whose = if first.shape.len() > 1 {
+            let whose = if first.shape().len() > 1 {
                 format!("{kind}, {layer}")
             } else {
                 kind.to_owned()
@@ -231,7 +231,7 @@ pub(super) fn contents(found: &Swept) -> Contents {
     let arrays = found.tensors.iter();
     Contents {
         json: json(found),
-        arrays: arrays.map(|(n, a)| (n.clone(), a.dense())).collect(),
+        arrays: arrays.map(|(n, a)| (n.clone(), a.values.clone())).collect(),
         title: headline(found),
         grids: grids(found),
     }
@@ -244,7 +244,7 @@ pub(super) fn json(found: &Swept) -> Value {
         .tensors
         .iter()
         .map(|(name, a)| {
-            let value = json!({ "axes": a.axes, "shape": a.shape, "values": a.values });
+            let value = json!({ "axes": a.axes, "shape": a.shape(), "values": a.flat() });
             (name.clone(), value)
         })
         .collect();
