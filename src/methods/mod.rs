@@ -10,12 +10,14 @@
 //! - [`capture`]: all of these in a row;
 //! - [`attribute`]: what each part of the input contributes to a number that the model computes;
 //! - [`intervene`]: parts of the model edited while it runs, for any of these, and what that changes of the answer;
+//! - [`lens`]: what the model would say if it ended at a layer, what of its answer each part wrote, how its stream grows and turns;
 //! - [`probe`]: small models that read a property off a hook point, trained, stored and scored.
 
 pub mod attribute;
 pub mod capture;
 pub mod input;
 pub mod intervene;
+pub mod lens;
 pub mod predict;
 pub mod probe;
 pub mod reduce;
