@@ -18,6 +18,7 @@ mod files;
 mod http;
 mod inspect;
 mod intervene;
+mod lens;
 mod local;
 mod models;
 mod out;
@@ -47,6 +48,7 @@ Examples:
     introspectd attribute bert \"Some text\"
     introspectd probe train bert --data labelled.tsv
     introspectd intervene bert \"Some text\" --edit 'z[layer=3;head=1] zero'
+    introspectd lens gpt2 \"Some text\"
   Without a daemon:
     introspectd capture ./models/bert \"Some text\"
   When something is wrong:
@@ -87,6 +89,9 @@ enum Command {
     /// Change parts of a model while it runs, and see what that changes of its prediction
     #[command(after_help = intervene::EXAMPLES)]
     Intervene(Box<intervene::InterveneArgs>),
+    /// Show what a model would say if it ended at each layer, and what each part of it writes of the answer
+    #[command(after_help = lens::EXAMPLES)]
+    Lens(Box<lens::LensArgs>),
     /// List, load, unload and reload the models of a daemon
     #[command(after_help = models::EXAMPLES)]
     Models(models::ModelsArgs),
@@ -130,6 +135,7 @@ async fn run(command: &Command) -> Result<(), CliError> {
         Command::Attribute(args) => attribute::run(args).await,
         Command::Probe(args) => probe::run(args).await,
         Command::Intervene(args) => intervene::run(args).await,
+        Command::Lens(args) => lens::run(args).await,
         Command::Models(args) => models::run(args).await,
         Command::Tokenize(args) => text::tokenize(args).await,
         Command::Predict(args) => text::predict(args).await,
