@@ -16,8 +16,8 @@
 //!
 //! [`model`] keeps what is loaded: the repository, generations, reloads, restarts. When a worker loads a model, [`onnx`] reads
 //! the file, [`anatomy`] finds the transformer in it (unfusing what hides it, then by dominators of the data flow and a few runs on small
-//! inputs), and [`rewrite`] makes the variants: graphs that show hook points, move them by inputs of the run, and compute the gradient of what
-//! is explained.
+//! inputs), and [`rewrite`] makes the variants: graphs that show hook points, move them by inputs of the run, begin at them, and compute the gradient of
+//! what is explained.
 //!
 //! [`config`], [`telemetry`], [`shutdown`] and [`tensor`] are leaves; [`cli`] is the binary's commands.
 //!

@@ -70,6 +70,13 @@ fn array((tensor, bytes): (pb::Tensor, Vec<u8>)) -> Result<Array, Broken> {
             .iter()
             .map(|b| i64::from_le_bytes(*b) as f32)
             .collect(),
+        #[allow(clippy::cast_precision_loss)] // numbers of labels and ranks, for people
+        pb::DType::U32 => bytes
+            .as_chunks()
+            .0
+            .iter()
+            .map(|b| u32::from_le_bytes(*b) as f32)
+            .collect(),
         other => {
             return Err(Broken::new(format!(
                 "tensor \"{}\" is of the type {}",

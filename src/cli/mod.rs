@@ -20,6 +20,7 @@ mod heads;
 mod http;
 mod inspect;
 mod intervene;
+mod lens;
 mod local;
 mod models;
 mod neurons;
@@ -54,6 +55,7 @@ Examples:
     introspectd sweep bert \"Some text\"
     introspectd heads bert --detect induction_head
     introspectd neurons bert --text-file texts.txt --examples 5
+    introspectd lens gpt2 \"Some text\"
   Without a daemon:
     introspectd capture ./models/bert \"Some text\"
   When something is wrong:
@@ -103,6 +105,9 @@ enum Command {
     /// Find the neurons that react most, and the texts that they react to
     #[command(after_help = neurons::EXAMPLES)]
     Neurons(Box<neurons::NeuronsArgs>),
+    /// Show what a model would say if it ended at each layer, and what each part of it writes of the answer
+    #[command(after_help = lens::EXAMPLES)]
+    Lens(Box<lens::LensArgs>),
     /// List, load, unload and reload the models of a daemon
     #[command(after_help = models::EXAMPLES)]
     Models(models::ModelsArgs),
@@ -149,6 +154,7 @@ async fn run(command: &Command) -> Result<(), CliError> {
         Command::Sweep(args) => sweep::run(args).await,
         Command::Heads(args) => heads::run(args).await,
         Command::Neurons(args) => neurons::run(args).await,
+        Command::Lens(args) => lens::run(args).await,
         Command::Models(args) => models::run(args).await,
         Command::Tokenize(args) => text::tokenize(args).await,
         Command::Predict(args) => text::predict(args).await,

@@ -105,8 +105,10 @@ settings! {
         "Largest capture of one input, by its estimate before it runs";
     max_rows: usize = "262144", "INTROSPECTD_MAX_ROWS", "N", parse::positive,
         "Most rows that one explanation runs, by its estimate before it runs";
-    probes: Option<PathBuf> = "beside", "INTROSPECTD_PROBES", "DIR", parse::probes,
+    probes: Option<PathBuf> = "beside", "INTROSPECTD_PROBES", "DIR", parse::folder_or_beside,
         "Folder of stored probes, a folder for each model; or \"beside\": in the folder \"probes\" of each model";
+    lenses: Option<PathBuf> = "beside", "INTROSPECTD_LENSES", "DIR", parse::folder_or_beside,
+        "Folder of tuned lenses, a folder for each model; or \"beside\": in the folder \"lenses\" of each model";
     probe_memory: usize = "1GiB", "INTROSPECTD_PROBE_MEMORY", "SIZE", parse::size,
         "Memory for the vectors of a training's examples, and for its fits; more vectors go to temporary files, and a fit that takes more is refused";
     max_message: usize = "4MiB", "INTROSPECTD_MAX_MESSAGE", "SIZE", parse::message_size,

@@ -148,7 +148,7 @@ pub(super) fn library(text: &str) -> Result<Option<PathBuf>, String> {
     Ok(Some(path.to_owned()))
 }
 
-pub(super) fn probes(text: &str) -> Result<Option<PathBuf>, String> {
+pub(super) fn folder_or_beside(text: &str) -> Result<Option<PathBuf>, String> {
     if text == "beside" {
         return Ok(None);
     }

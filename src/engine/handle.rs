@@ -66,6 +66,11 @@ impl ModelHandle {
         }
     }
 
+    /// Whether hook points are edited in every row.
+    pub fn is_edited(&self) -> bool {
+        self.edits.is_some()
+    }
+
     /// What is known of the model.
     pub fn info(&self) -> &Arc<ModelInfo> {
         self.generation.info()

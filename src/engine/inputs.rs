@@ -5,7 +5,7 @@
 //! plans the tensors of a run; their bytes are written straight into the memory that the worker reads (one copy).
 //!
 //! A variant may have inputs beside those of the model: [`ModelInputs::of_variant`]. Those that move a hook point broadcast: along any axis
-//! but the batch they may have an extent of one. Left out, they move nothing.
+//! but the batch they may have an extent of one. Left out, they move nothing. Those at which a run begins are whole, and must be given.
 //!
 //! Padding: token ids with the pad id, operands of edits with what changes nothing, everything else with zeros, so that the mask hides it. Rows that a model of
 //! fixed batch size wants beyond those that are there repeat the last row (a row of zeros would have nothing to attend to).
@@ -21,6 +21,7 @@ use crate::{
         info::{Axis, HookInfo, InputInfo, InputRole, ModelInfo},
         spec::{
             Reduction, TARGET_LABEL, TARGET_POSITION, TARGET_READOUT, TARGET_WEIGHT, VariantSpec,
+            state_input,
         },
     },
     tensor::{DType, Tensor},
@@ -133,14 +134,18 @@ impl ModelInputs {
     /// # Errors
     /// [`EngineError::FailedPrecondition`] for a hook point whose axes nobody knows.
     pub fn of_variant(&self, spec: &VariantSpec, info: &ModelInfo) -> Result<Self, EngineError> {
-        if spec.edit.is_empty() && spec.intervene.is_empty() && spec.gradient.is_none() {
+        if spec.edit.is_empty()
+            && spec.intervene.is_empty()
+            && spec.enter.is_empty()
+            && spec.gradient.is_none()
+        {
             return Ok(self.clone());
         }
         let mut inputs = self.inputs.to_vec();
         let hook = |name: &str| {
             info.hook(name).ok_or_else(|| {
                 EngineError::precondition(format!(
-                    "\"{name}\" cannot be moved or differentiated by: it is no hook point of model \"{}\"",
+                    "\"{name}\" cannot be moved, entered at or differentiated by: it is no hook point of model \"{}\"",
                     info.name
                 ))
             })
@@ -157,6 +162,12 @@ impl ModelInputs {
             let hook = hook(name)?;
             inputs.push(Input::moving(format!("scale:{name}"), hook, Some(1.0)));
             inputs.push(Input::moving(format!("shift:{name}"), hook, Some(0.0)));
+        }
+        for name in &spec.enter {
+            inputs.push(Input {
+                broadcasts: false,
+                ..Input::moving(state_input(name), hook(name)?, None)
+            });
         }
         if let Some(gradient) = &spec.gradient {
             inputs.push(if gradient.of.reads_out() {

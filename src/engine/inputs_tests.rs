@@ -316,6 +316,27 @@ fn written_floats(planned: &Planned<'_>) -> Vec<f32> {
 }
 
 #[test]
+fn what_a_run_begins_at_must_be_given_whole() {
+    let info = testing::info();
+    let spec = VariantSpec {
+        enter: ["hook_embed".to_owned()].into(),
+        ..VariantSpec::rewritten()
+    };
+    let inputs = ModelInputs::new(&info).of_variant(&spec, &info).unwrap();
+    let with = |shape: &[usize]| {
+        let mut row = group([1, 2], &[5, 6]);
+        let values = vec![0.5; shape.iter().product()];
+        row.inputs.push(floats("state:hook_embed", shape, &values));
+        inputs.check(&row, "g")
+    };
+    with(&[1, 2, 16]).unwrap();
+    for shape in [[1, 1, 16], [1, 2, 1], [1, 3, 16]] {
+        assert!(with(&shape).is_err(), "{shape:?}");
+    }
+    assert!(inputs.check(&group([1, 2], &[5, 6]), "g").is_err());
+}
+
+#[test]
 fn what_moves_a_hook_point_broadcasts_is_padded_and_moves_nothing_when_left_out() {
     let inputs = moving(&["hook_embed"]);
     let full: Vec<f32> = (0..2 * 16).map(|i| i as f32).collect();

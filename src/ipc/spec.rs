@@ -33,9 +33,18 @@ pub struct VariantSpec {
     /// Hook points that a method moves at run time, behind the edits. The variant then has the inputs `scale:NAME` and `shift:NAME` for each.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub intervene: BTreeSet<String>,
+    /// Hook points at which a run begins, behind their edits: the variant has the input [`state_input`] for each, and runs nothing of what comes
+    /// before them (late entry).
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub enter: BTreeSet<String>,
     /// What is differentiated, if anything.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gradient: Option<GradientSpec>,
+}
+
+/// Input of a variant that begins at a hook point: what stands there, under canonical axes.
+pub fn state_input(hook: &str) -> String {
+    format!("state:{hook}")
 }
 
 /// A stage of an edit: a value goes in, another of the same shape comes out. Left out, its inputs change nothing.
@@ -176,6 +185,7 @@ impl VariantSpec {
             keep_outputs: true,
             edit: BTreeMap::new(),
             intervene: BTreeSet::new(),
+            enter: BTreeSet::new(),
             gradient: None,
         }
     }

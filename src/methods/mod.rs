@@ -13,6 +13,7 @@
 //! - [`rows`]: hook points of a row in passes that fit into memory;
 //! - [`heads`]: what attention heads attend to, as numbers;
 //! - [`neurons`]: what neurons react to, over a corpus;
+//! - [`lens`]: what the model would say if it ended at a layer, what of its answer each part wrote, how its stream grows and turns;
 //! - [`probe`]: small models that read a property off a hook point, trained, stored and scored.
 
 pub mod attribute;
@@ -20,6 +21,7 @@ pub mod capture;
 pub mod heads;
 pub mod input;
 pub mod intervene;
+pub mod lens;
 pub mod neurons;
 pub mod predict;
 pub mod probe;

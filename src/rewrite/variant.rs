@@ -1,4 +1,4 @@
-//! The graph of a variant: interventions, then what is shown, then the gradient.
+//! The graph of a variant: interventions, then where it begins, then what is shown, then the gradient.
 //!
 //! A hook point that is moved is shown, and differentiated by, as what its readers read.
 
@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use super::{
     ExposedOutput, Exposure, RewriteError,
     canonical::{canonical, canonical_like},
-    expose,
+    enter, expose,
     gradient::{Shapes, backward},
     intervene,
     objective::{Objective, Scores, objective},
@@ -40,7 +40,7 @@ pub struct Variant {
 /// called for a gradient only.
 ///
 /// # Errors
-/// See [`expose()`], [`intervene()`] and [`backward`]; and what `measure` says.
+/// See [`expose()`], [`intervene()`], [`enter()`] and [`backward`]; and what `measure` says.
 pub fn variant(
     model: &Model,
     anatomy: &Anatomy,
@@ -57,6 +57,19 @@ pub fn variant(
             inputs.extend([point.scale, point.shift].map(|name| (name, point.dtype)));
         }
     }
+    let entered = if spec.enter.is_empty() {
+        None
+    } else {
+        if spec.gradient.is_some() {
+            return Err(RewriteError::Graph(
+                "a variant that begins at hook points is not differentiated".to_owned(),
+            ));
+        }
+        let made = enter(&model, &anatomy, &spec.enter)?;
+        (model, anatomy) = (made.model.clone(), made.anatomy.clone());
+        inputs.extend(made.points.iter().map(|p| (p.input.clone(), p.dtype)));
+        Some(made)
+    };
     let mut outputs = Vec::new();
     if !spec.expose.is_empty() || !spec.keep_outputs && spec.gradient.is_none() {
         let what = Exposure {
@@ -66,6 +79,9 @@ pub fn variant(
         };
         let made = expose(&model, &anatomy, &what)?;
         (model, outputs) = (made.model, made.outputs);
+    }
+    if let Some(entered) = entered {
+        entered.check(&model)?;
     }
     if let Some(gradient) = &spec.gradient {
         let movable: Vec<String> = inputs.iter().map(|(name, _)| name.clone()).collect();

@@ -2,7 +2,7 @@
 
 pub(super) mod answer;
 pub(super) mod files;
-mod question;
+pub(super) mod question;
 pub(super) mod show;
 
 use std::{

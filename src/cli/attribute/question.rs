@@ -299,10 +299,10 @@ impl MethodArgs {
     }
 }
 
-/// The number that is explained or watched.
+/// A label or token, or one against another.
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "What to explain")]
-pub(in crate::cli) struct TargetArgs {
+pub(in crate::cli) struct ChoiceArgs {
     /// Label by its name or number, or token:TEXT [default: what is predicted]
     #[arg(long, short, value_name = "LABEL")]
     target: Option<String>,
@@ -312,6 +312,41 @@ pub(in crate::cli) struct TargetArgs {
     /// Position of the scores, of models that have them for each token
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     at: Option<i32>,
+}
+
+impl ChoiceArgs {
+    /// What was named, if anything was.
+    pub(in crate::cli) fn of(&self) -> Option<pb::target::Of> {
+        use pb::target::Of;
+        let target = self.target.as_deref();
+        if let Some(against) = &self.against {
+            return Some(Of::Contrast(pb::Contrast {
+                choice: Some(self.choice(target)),
+                against: Some(self.choice(Some(against))),
+            }));
+        }
+        (target.is_some() || self.at.is_some()).then(|| Of::Choice(self.choice(target)))
+    }
+
+    fn choice(&self, named: Option<&str>) -> pb::Choice {
+        use pb::choice::What;
+        pb::Choice {
+            what: named.map(|name| match (name.strip_prefix("token:"), name.parse()) {
+                (Some(token), _) => What::Token(token.to_owned()),
+                (None, Ok(index)) => What::Index(index),
+                (None, Err(_)) => What::Label(name.to_owned()),
+            }),
+            position: self.at,
+        }
+    }
+}
+
+/// The number that is explained or watched.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "What to explain")]
+pub(in crate::cli) struct TargetArgs {
+    #[command(flatten)]
+    choice: ChoiceArgs,
     /// Explain why a language model would go on with this text
     #[arg(long, value_name = "TEXT", conflicts_with_all = ["target", "against", "at"])]
     continuation: Option<String>,
@@ -362,7 +397,9 @@ impl TargetArgs {
             }
         };
         let of = if self.divergence {
-            Some(Of::Divergence(pb::Divergence { position: self.at }))
+            Some(Of::Divergence(pb::Divergence {
+                position: self.choice.at,
+            }))
         } else if let Some(text) = &self.continuation {
             Some(Of::Continuation(pb::Continuation {
                 what: Some(pb::continuation::What::Text(text.clone())),
@@ -370,34 +407,15 @@ impl TargetArgs {
         } else if let Some(probe) = &self.probe {
             Some(Of::Probe(pb::ProbeTarget {
                 probe: Some(crate::cli::probe::reference(probe)),
-                label: self.target.clone().unwrap_or_default(),
-                position: self.at,
+                label: self.choice.target.clone().unwrap_or_default(),
+                position: self.choice.at,
             }))
         } else if let Some(unit) = &self.unit {
             Some(Of::Unit(self::unit(unit)?))
-        } else if let Some(against) = &self.against {
-            Some(Of::Contrast(pb::Contrast {
-                choice: Some(self.choice(self.target.as_deref())),
-                against: Some(self.choice(Some(against))),
-            }))
-        } else if self.target.is_some() || self.at.is_some() {
-            Some(Of::Choice(self.choice(self.target.as_deref())))
         } else {
-            None
+            self.choice.of()
         };
         Ok(pb::Target { quantity, of })
-    }
-
-    fn choice(&self, named: Option<&str>) -> pb::Choice {
-        use pb::choice::What;
-        pb::Choice {
-            what: named.map(|name| match (name.strip_prefix("token:"), name.parse()) {
-                (Some(token), _) => What::Token(token.to_owned()),
-                (None, Ok(index)) => What::Index(index),
-                (None, Err(_)) => What::Label(name.to_owned()),
-            }),
-            position: self.at,
-        }
     }
 }
 

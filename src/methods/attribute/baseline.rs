@@ -302,7 +302,7 @@ pub(in crate::methods) fn moved(
 }
 
 /// Floats as an input takes them.
-pub(super) fn named(
+pub(in crate::methods) fn named(
     name: &str,
     shape: Vec<usize>,
     values: &[f32],
@@ -318,7 +318,7 @@ pub(super) fn named(
 }
 
 /// Why a hook point that a method needs is not there.
-pub(super) fn no_hook(info: &ModelInfo, hook: &str) -> EngineError {
+pub(in crate::methods) fn no_hook(info: &ModelInfo, hook: &str) -> EngineError {
     let missing = info.missing.iter().find(|m| m.hook == hook);
     EngineError::precondition(match missing {
         Some(m) => format!("model \"{}\" has no \"{hook}\": {}", info.name, m.reason),

@@ -36,9 +36,9 @@ pub(in crate::methods) struct Subject {
     pub(in crate::methods) handle: ModelHandle,
     pub(super) ctx: Ctx,
     pub(super) lane: Lane,
-    pub(super) row: RowGroup,
-    pub(super) tokens: Vec<Token>,
-    pub(super) objective: Objective,
+    pub(in crate::methods) row: RowGroup,
+    pub(in crate::methods) tokens: Vec<Token>,
+    pub(in crate::methods) objective: Objective,
     /// Moves the site of a gradient before anything else does: see [`super::site`].
     pub(super) nudge: Option<Vec<f32>>,
     pub(in crate::methods) spent: Spent,
@@ -72,11 +72,13 @@ pub struct Partial {
 }
 
 /// Rows that were put into the queue.
-struct Queued {
+pub(in crate::methods) struct Queued {
     stream: RowStream,
     /// Tokens of a row of each group.
     lengths: Vec<usize>,
     gradient: bool,
+    /// Whether some of them are done.
+    begun: bool,
 }
 
 /// What runs are to show of a row. The tensors of an answer come in this order: the objective, gradients, hook points by name.
@@ -130,7 +132,7 @@ impl Subject {
         }
     }
 
-    pub(super) fn info(&self) -> &ModelInfo {
+    pub(in crate::methods) fn info(&self) -> &ModelInfo {
         self.handle.info()
     }
 
@@ -257,52 +259,72 @@ impl Subject {
     /// Takes the answers to some rows.
     async fn take(
         &mut self,
-        queued: Queued,
+        mut queued: Queued,
         mut each: impl FnMut(&Self, RowsDone) -> Result<(), EngineError>,
     ) -> Result<(), EngineError> {
-        let Queued {
-            mut stream,
-            lengths,
-            gradient,
-        } = queued;
-        let mut begun = false;
-        while let Some(done) = stream.next().await {
-            let done = done?;
-            if !begun {
-                begun = true;
-                self.spent.timings.queue += done.timings.queue;
-                self.spent.timings.build += done.timings.build;
-            }
-            self.spent.timings.run += done.timings.run;
-            let rows = done.rows.len() as u64;
-            self.spent.tokens += rows * lengths[done.group] as u64;
-            if gradient {
-                self.spent.gradient_rows += rows;
-            } else {
-                self.spent.forward_rows += rows;
-            }
+        while let Some(done) = self.next(&mut queued).await? {
             let reducing = Instant::now();
             each(self, done)?;
             self.spent.timings.reduce += reducing.elapsed();
-            let rows_done = self.done();
-            self.progress.send_modify(|p| {
-                p.rows_done = rows_done;
-                p.rows_planned = p.rows_planned.max(rows_done);
-            });
         }
         Ok(())
     }
 
-    /// Puts rows into the queue. Work that has begun waits for room; the first rows of a request are told to come back.
+    /// The answer to some of the rows that were queued; none when all are answered.
+    ///
+    /// # Errors
+    /// Those of the run.
+    pub(in crate::methods) async fn next(
+        &mut self,
+        queued: &mut Queued,
+    ) -> Result<Option<RowsDone>, EngineError> {
+        let Some(done) = queued.stream.next().await.transpose()? else {
+            return Ok(None);
+        };
+        if !queued.begun {
+            queued.begun = true;
+            self.spent.timings.queue += done.timings.queue;
+            self.spent.timings.build += done.timings.build;
+        }
+        self.spent.timings.run += done.timings.run;
+        let rows = done.rows.len() as u64;
+        self.spent.tokens += rows * queued.lengths[done.group] as u64;
+        if queued.gradient {
+            self.spent.gradient_rows += rows;
+        } else {
+            self.spent.forward_rows += rows;
+        }
+        let rows_done = self.done();
+        self.progress.send_modify(|p| {
+            p.rows_done = rows_done;
+            p.rows_planned = p.rows_planned.max(rows_done);
+        });
+        Ok(Some(done))
+    }
+
     async fn queue(
         &self,
         show: &Show,
         groups: Vec<RowGroup>,
         begun: bool,
     ) -> Result<Queued, EngineError> {
+        self.submit(self.spec(show), groups, begun).await
+    }
+
+    /// Puts rows into the queue. Work that has begun waits for room; the first rows of a request are told to come back.
+    ///
+    /// # Errors
+    /// What the engine says of them.
+    pub(in crate::methods) async fn submit(
+        &self,
+        spec: VariantSpec,
+        groups: Vec<RowGroup>,
+        begun: bool,
+    ) -> Result<Queued, EngineError> {
         let lengths = groups.iter().map(|g| g.length.unwrap_or(1)).collect();
+        let gradient = spec.gradient.as_ref().is_some_and(|g| !g.points.is_empty());
         let job = Job {
-            spec: self.spec(show),
+            spec,
             lane: self.lane,
             groups,
         };
@@ -324,7 +346,8 @@ impl Subject {
         Ok(Queued {
             stream,
             lengths,
-            gradient: !show.points.is_empty(),
+            gradient,
+            begun: false,
         })
     }
 
@@ -344,7 +367,7 @@ impl Subject {
     }
 
     /// Some variations as a group.
-    fn group(
+    pub(in crate::methods) fn group(
         &self,
         show: &Show,
         rows: usize,
@@ -418,7 +441,7 @@ impl Subject {
     }
 
     /// The input that holds token ids.
-    pub(super) fn ids_input(&self) -> Option<&InputInfo> {
+    pub(in crate::methods) fn ids_input(&self) -> Option<&InputInfo> {
         self.info().input(InputRole::TokenIds)
     }
 }
@@ -441,7 +464,8 @@ fn picks(show: &Show) -> Vec<PickSpec> {
     picks
 }
 
-fn batched(input: &InputInfo) -> bool {
+/// Whether the rows of a run are stacked in this input.
+pub(in crate::methods) fn batched(input: &InputInfo) -> bool {
     match input.axes.first() {
         Some(axis) => *axis == Axis::Batch,
         None => input.dims.first().is_some_and(Option::is_none),

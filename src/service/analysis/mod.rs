@@ -1,6 +1,7 @@
 //! `introspect.v1.AnalysisService`.
 
 mod heads;
+mod lens;
 mod neurons;
 
 use std::{pin::Pin, sync::Arc};
@@ -40,5 +41,14 @@ impl AnalysisService for Analyses {
         request: Request<Streaming<pb::NeuronsRequest>>,
     ) -> Result<Response<Self::NeuronsStream>, Status> {
         neurons::answer(&self.state, request).await
+    }
+
+    type LensStream = Messaged<pb::LensResponse>;
+
+    async fn lens(
+        &self,
+        request: Request<pb::LensRequest>,
+    ) -> Result<Response<Self::LensStream>, Status> {
+        lens::answer(&self.state, request).await
     }
 }
