@@ -256,9 +256,11 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_said() {
         let info = small();
-        let field = |error: EngineError| match error {
-            EngineError::InvalidArgument { field, .. } => field,
-            other => format!("{other:?}"),
+        let field = |error: EngineError| {
+            let EngineError::InvalidArgument { field, .. } = error else {
+                panic!("{error:?}")
+            };
+            field
         };
         let error = drawn(&info, &two(Some(11), 0), Some(10)).unwrap_err();
         assert_eq!(field(error), "length");
