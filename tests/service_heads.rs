@@ -720,6 +720,17 @@ async fn every_bad_field_is_named() {
             repeated(half(vec![1, 1_000_000], Vec::new())),
         ),
         (
+            "repeated.length",
+            repeated(pb::RepeatedSequences {
+                length: 65,
+                ..Default::default()
+            }),
+        ),
+        (
+            "repeated.given[0].ids",
+            repeated(half(vec![1; 5000], Vec::new())),
+        ),
+        (
             "repeated.given[0].type_ids",
             repeated(half(vec![1], vec![0])),
         ),

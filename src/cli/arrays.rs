@@ -77,7 +77,17 @@ fn array((tensor, bytes): (pb::Tensor, Vec<u8>)) -> Result<Array, Broken> {
             .iter()
             .map(|b| u32::from_le_bytes(*b) as f32)
             .collect(),
-        other => {
+        other @ (pb::DType::Unspecified
+        | pb::DType::F16
+        | pb::DType::Bf16
+        | pb::DType::F64
+        | pb::DType::I8
+        | pb::DType::I16
+        | pb::DType::I32
+        | pb::DType::U8
+        | pb::DType::U16
+        | pb::DType::U64
+        | pb::DType::Bool) => {
             return Err(Broken::new(format!(
                 "tensor \"{}\" is of the type {}",
                 tensor.name,

@@ -159,22 +159,24 @@ impl MeasureArg {
 }
 
 #[derive(ValueEnum, Clone, Copy, Debug)]
-#[value(rename_all = "snake_case")]
 enum DetectArg {
     /// The token before
-    PreviousTokenHead,
+    #[value(name = "previous_token_head")]
+    PreviousToken,
     /// The same token before
-    DuplicateTokenHead,
+    #[value(name = "duplicate_token_head")]
+    DuplicateToken,
     /// What followed the same token before
-    InductionHead,
+    #[value(name = "induction_head")]
+    Induction,
 }
 
 impl DetectArg {
     fn wire(self) -> HeadPattern {
         match self {
-            DetectArg::PreviousTokenHead => HeadPattern::PreviousTokenHead,
-            DetectArg::DuplicateTokenHead => HeadPattern::DuplicateTokenHead,
-            DetectArg::InductionHead => HeadPattern::InductionHead,
+            DetectArg::PreviousToken => HeadPattern::PreviousTokenHead,
+            DetectArg::DuplicateToken => HeadPattern::DuplicateTokenHead,
+            DetectArg::Induction => HeadPattern::InductionHead,
         }
     }
 }

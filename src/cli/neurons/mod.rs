@@ -31,6 +31,8 @@ use crate::service::wire::introspect::{
 const AHEAD: usize = 64;
 /// Texts of the command line whose tokens are shown.
 const SHOWN: usize = 8;
+/// Neurons whose activations at each token are shown.
+const WATCHED: usize = 128;
 /// Failures that are told one by one; more are counted.
 const TOLD: usize = 20;
 
@@ -225,7 +227,7 @@ async fn search(session: &Session, model: String, args: &NeuronsArgs) -> Result<
     let mut answer = ask(session, header.clone(), Texts::of(args)).await?;
     let few = !args.text.is_empty() && args.text.len() <= SHOWN;
     if few && !answer.neurons.is_empty() {
-        let named = answer.neurons.iter().map(|n| pb::Neuron {
+        let named = answer.neurons.iter().take(WATCHED).map(|n| pb::Neuron {
             hook: n.hook.clone(),
             layer: 0,
             index: n.index,

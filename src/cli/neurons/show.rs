@@ -136,7 +136,12 @@ fn of_text(answer: &Answer, text: &Activations) -> Option<Grid> {
     Some(Grid {
         title: format!("text {}", text.id),
         facts: "activation of each neuron at each token".to_owned(),
-        rows: answer.neurons.iter().map(name).collect(),
+        rows: answer
+            .neurons
+            .iter()
+            .take(values.nrows())
+            .map(name)
+            .collect(),
         columns: text.tokens.iter().map(|t| t.text.clone()).collect(),
         values,
         scale: Scale::Signed,

@@ -57,34 +57,36 @@ impl Sought {
         matches!(self, Sought::DuplicateToken | Sought::Induction)
     }
 
-    /// The pattern for a row of `n` positions, `[query, key]`.
+    /// Whether there is a one at an entry of a named pattern.
+    fn names(&self, ids: &[u32], q: usize, k: usize) -> bool {
+        let duplicate = |k: usize| k < q && ids.get(k) == ids.get(q);
+        match self {
+            Sought::PreviousToken => k + 1 == q,
+            Sought::DuplicateToken => duplicate(k),
+            Sought::Induction => k > 0 && duplicate(k - 1),
+            Sought::Given(_) => false,
+        }
+    }
+
+    /// The numbers of a given pattern, for a row of `n` positions; nothing of a named one.
     ///
     /// # Errors
-    /// For a given one of another extent; the field is `given.shape`.
-    pub(super) fn matrix(&self, n: usize, ids: &[u32]) -> Result<Vec<f32>, EngineError> {
-        let duplicate = |q: usize, k: usize| k < q && ids.get(k) == ids.get(q);
-        let made = |on: &dyn Fn(usize, usize) -> bool| {
-            let entries = (0..n * n).map(|at| f32::from(u8::from(on(at / n, at % n))));
-            Ok(entries.collect())
+    /// For one of another extent; the field is `given.shape`.
+    pub(super) fn given(&self, n: usize) -> Result<Vec<f32>, EngineError> {
+        let Sought::Given(tensor) = self else {
+            return Ok(Vec::new());
         };
-        match self {
-            Sought::PreviousToken => made(&|q, k| k + 1 == q),
-            Sought::DuplicateToken => made(&duplicate),
-            Sought::Induction => made(&|q, k| k > 0 && duplicate(q, k - 1)),
-            Sought::Given(tensor) => {
-                if tensor.shape() != [n, n] {
-                    return Err(EngineError::invalid(
-                        "given.shape",
-                        format!(
-                            "is {:?}, and an input has {n} tokens: a pattern is as long as every input",
-                            tensor.shape()
-                        ),
-                    ));
-                }
-                let values = tensor.to_f32().map_err(EngineError::internal)?;
-                Ok(values.into_owned())
-            }
+        if tensor.shape() != [n, n] {
+            return Err(EngineError::invalid(
+                "given.shape",
+                format!(
+                    "is {:?}, and an input has {n} tokens: a pattern is as long as every input",
+                    tensor.shape()
+                ),
+            ));
         }
+        let values = tensor.to_f32().map_err(EngineError::internal)?;
+        Ok(values.into_owned())
     }
 
     /// Checks a given pattern as far as it can be without a row.
@@ -115,17 +117,21 @@ impl Sought {
 }
 
 impl Detector {
-    /// How alike a head is; none when nothing is left to compare.
-    pub(super) fn score(&self, pattern: Pattern<'_>, sought: &[f32]) -> Option<f64> {
+    /// How alike a head is, of a row with these ids; none when nothing is left to compare. `given` are the numbers of a given pattern.
+    pub(super) fn score(&self, pattern: Pattern<'_>, ids: &[u32], given: &[f32]) -> Option<f64> {
         let n = pattern.n;
+        let sought = |at: usize| match given.get(at) {
+            Some(value) => f64::from(*value),
+            None => f64::from(u8::from(self.pattern.names(ids, at / n, at % n))),
+        };
         let excluded = |at: usize| {
             let (q, k) = (at / n, at % n);
             (self.exclude_bos && k == 0) || (self.exclude_current_token && k == q)
         };
-        let entries = pattern.weights.iter().zip(sought).enumerate();
+        let entries = pattern.weights.iter().enumerate();
         let kept = entries
             .filter(|(at, _)| !excluded(*at))
-            .map(|(_, (a, d))| (f64::from(*a), f64::from(*d)));
+            .map(|(at, a)| (f64::from(*a), sought(at)));
         match self.similarity {
             Similarity::Mul => {
                 let (on, all) = kept.fold((0.0, 0.0), |(on, all), (a, d)| (on + a * d, all + a));
@@ -156,13 +162,19 @@ mod tests {
     }
 
     fn score(detector: &Detector, weights: &[f32]) -> f64 {
-        let sought = detector.pattern.matrix(4, &IDS).unwrap();
-        detector.score(Pattern { n: 4, weights }, &sought).unwrap()
+        detector
+            .score(Pattern { n: 4, weights }, &IDS, &[])
+            .unwrap()
+    }
+
+    fn matrix(sought: &Sought) -> Vec<f32> {
+        let entries = (0..16).map(|at| sought.names(&IDS, at / 4, at % 4));
+        entries.map(|on| f32::from(u8::from(on))).collect()
     }
 
     #[test]
     fn named_patterns_are_those_of_transformer_lens() {
-        let of = |sought: Sought| sought.matrix(4, &IDS).unwrap();
+        let of = |sought: Sought| matrix(&sought);
         let rows = |rows: [[f32; 4]; 4]| rows.concat();
         assert_eq!(
             of(Sought::PreviousToken),
@@ -196,7 +208,7 @@ mod tests {
     #[test]
     fn a_head_that_is_the_pattern_scores_best() {
         // Rows without an entry look at the first token.
-        let mut head = Sought::PreviousToken.matrix(4, &IDS).unwrap();
+        let mut head = matrix(&Sought::PreviousToken);
         head[0] = 1.0;
         let mul = detector(Sought::PreviousToken, Similarity::Mul);
         let abs = detector(Sought::PreviousToken, Similarity::Abs);
@@ -217,12 +229,11 @@ mod tests {
             ..mul
         };
         let first = [1., 0., 0., 0.].repeat(4);
-        let sought = nothing.pattern.matrix(4, &IDS).unwrap();
         let pattern = Pattern {
             n: 4,
             weights: &first,
         };
-        assert_eq!(nothing.score(pattern, &sought), None);
+        assert_eq!(nothing.score(pattern, &IDS, &[]), None);
     }
 
     #[test]
@@ -233,7 +244,7 @@ mod tests {
         assert!(given(vec![2, 2], &[0.0; 4]).check().is_ok());
         assert!(given(vec![4], &[0.0; 4]).check().is_err());
         assert!(given(vec![1, 1], &[f32::NAN]).check().is_err());
-        assert!(given(vec![2, 2], &[0.0; 4]).matrix(3, &[]).is_err());
+        assert!(given(vec![2, 2], &[0.0; 4]).given(3).is_err());
         let integers = Sought::Given(Tensor::from_i64(vec![1, 1], &[0]).unwrap());
         assert!(integers.check().is_err());
     }

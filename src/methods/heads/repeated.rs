@@ -65,6 +65,14 @@ pub(super) async fn sequences(
     };
     let around = before.len() + after.len();
     let most = room(info).map(|n| n.saturating_sub(around) / 2);
+    if let Some(fixed) = info.fixed_length.filter(|_| !info.pads)
+        && (fixed < around || (fixed - around) % 2 == 1)
+    {
+        return Err(EngineError::precondition(format!(
+            "model \"{}\" takes exactly {fixed} tokens, which is no sequence twice",
+            info.name
+        )));
+    }
     let halves = if repeated.given.is_empty() {
         drawn(info, repeated, most)?
     } else {
@@ -99,6 +107,8 @@ fn drawn(
             ));
         }
         (Some(length), _) => length,
+        // What the file fixes cannot be shortened where nothing can be padded.
+        (None, Some(most)) if info.fixed_length.is_some() && !info.pads => most,
         (None, most) => DEFAULT_LENGTH.min(most.unwrap_or(DEFAULT_LENGTH)),
     };
     let tokens = tokens(info);
@@ -246,9 +256,11 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_said() {
         let info = small();
-        let field = |error: EngineError| match error {
-            EngineError::InvalidArgument { field, .. } => field,
-            other => format!("{other:?}"),
+        let field = |error: EngineError| {
+            let EngineError::InvalidArgument { field, .. } = error else {
+                panic!("{error:?}")
+            };
+            field
         };
         let error = drawn(&info, &two(Some(11), 0), Some(10)).unwrap_err();
         assert_eq!(field(error), "length");

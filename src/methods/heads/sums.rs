@@ -24,7 +24,8 @@ pub(super) struct Reduction {
     n: usize,
     /// Layers whose pattern is not square.
     odd: BTreeSet<usize>,
-    sought: Vec<Vec<f32>>,
+    /// Numbers of given patterns; nothing of named ones.
+    given: Vec<Vec<f32>>,
 }
 
 impl Reduction {
@@ -47,7 +48,7 @@ impl Reduction {
             profile: vec![Vec::new(); started.layers.len()],
             n: 0,
             odd: BTreeSet::new(),
-            sought: Vec::new(),
+            given: Vec::new(),
         }
     }
 
@@ -64,8 +65,8 @@ impl Reduction {
             return Ok(());
         }
         let n = queries;
-        if self.sought.is_empty() || self.n != n {
-            self.sought = self.patterns(n)?;
+        if self.given.is_empty() || self.n != n {
+            self.given = self.patterns(n)?;
             self.n = n;
         }
         let values = pattern.to_f32().map_err(EngineError::internal)?;
@@ -76,7 +77,9 @@ impl Reduction {
             let measured = measured.map(|m| m.and_then(|m| pattern.measure(m, &self.facts)));
             let mut all: Vec<Option<f64>> = measured.collect();
             let detected = self.detect.iter().enumerate();
-            all.extend(detected.map(|(at, d)| d.score(pattern, self.sought.get(at)?)));
+            all.extend(
+                detected.map(|(at, d)| d.score(pattern, &self.facts.ids, self.given.get(at)?)),
+            );
             numbers.push(all);
             if self.offsets {
                 let mut sums = vec![0.0; 2 * n - 1];
@@ -95,7 +98,7 @@ impl Reduction {
         }
         let each = self.detect.iter().enumerate();
         each.map(|(at, d)| {
-            let made = d.pattern.matrix(n, &self.facts.ids);
+            let made = d.pattern.given(n);
             made.map_err(|e| e.beneath(&format!("detect[{at}]")))
         })
         .collect()

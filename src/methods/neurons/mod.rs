@@ -38,6 +38,8 @@ use crate::{
 const DEFAULT: &str = "mlp.hook_post";
 /// Most neurons of a search.
 const MOST_NEURONS: usize = 1 << 23;
+/// Most neurons whose activations at each token are told.
+const MOST_WATCHED: usize = 128;
 /// Hook points above so many bytes are reduced off the async threads.
 const INLINE_BYTES: usize = 64 << 10;
 /// Ids that are spelled at a time.
@@ -212,6 +214,15 @@ impl Neurons {
             return Err(EngineError::invalid(
                 "neurons",
                 "is empty: activations at each token are of neurons that are named",
+            ));
+        }
+        if search.activations && search.neurons.len() > MOST_WATCHED {
+            return Err(EngineError::invalid(
+                "neurons",
+                format!(
+                    "has {} entries: give at most {MOST_WATCHED} for activations at each token",
+                    search.neurons.len()
+                ),
             ));
         }
         let named = search.neurons.iter().enumerate();

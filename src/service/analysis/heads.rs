@@ -41,6 +41,10 @@ const MOST_MEASURES: usize = 16;
 const MOST_DETECTORS: usize = 64;
 /// Most repeated sequences.
 const MOST_SEQUENCES: usize = 64;
+/// Most tokens that are repeated.
+const MOST_REPEATED: usize = 4096;
+/// Most tokens that a header tells of.
+const MOST_TOLD: usize = 16_384;
 /// Sequences when nobody says.
 const DEFAULT_SEQUENCES: u32 = 4;
 /// Heads of a ranking.
@@ -96,8 +100,13 @@ async fn begin(state: &State, request: pb::HeadsRequest, call: &Call, ctx: &Ctx)
 
 fn header(started: &Started, seed: u64) -> pb::HeadsHeader {
     let info = started.handle().info();
+    let few = started.inputs.iter().map(Vec::len).sum::<usize>() <= MOST_TOLD;
     let input = |tokens: &Vec<input::Token>| pb::HeadsInput {
-        tokens: tokens.iter().cloned().map(to_proto::token).collect(),
+        length: u32::try_from(tokens.len()).unwrap_or(u32::MAX),
+        tokens: match few {
+            true => tokens.iter().cloned().map(to_proto::token).collect(),
+            false => Vec::new(),
+        },
     };
     let sequence = |ids: &Vec<u32>| pb::TokenIds {
         ids: ids.clone(),
@@ -221,6 +230,19 @@ fn repeated(given: pb::RepeatedSequences) -> Result<Repeated> {
         return Err(EngineError::invalid(
             "count",
             format!("is {}: at most {MOST_SEQUENCES}", given.count),
+        ));
+    }
+    let longest = given.given.iter().map(|t| t.ids.len()).enumerate();
+    if let Some((at, n)) = longest.into_iter().find(|(_, n)| *n > MOST_REPEATED) {
+        return Err(EngineError::invalid(
+            format!("given[{at}].ids"),
+            format!("has {n} entries: give at most {MOST_REPEATED}"),
+        ));
+    }
+    if given.length as usize > MOST_REPEATED {
+        return Err(EngineError::invalid(
+            "length",
+            format!("is {}: at most {MOST_REPEATED}", given.length),
         ));
     }
     if let Some(at) = given.given.iter().position(|t| !t.type_ids.is_empty()) {
