@@ -351,7 +351,7 @@ impl Subject {
         })
     }
 
-    fn spec(&self, show: &Show) -> VariantSpec {
+    pub(in crate::methods) fn spec(&self, show: &Show) -> VariantSpec {
         VariantSpec {
             expose: show.expose.clone(),
             intervene: show.intervene.clone(),

@@ -9,8 +9,9 @@
 //! An [`Intervention`] is a list of edits, each of a hook point and a part of it. [`resolve()`] makes the values that it needs and gives
 //! [`Edits`](crate::engine::Edits), which ride on a model handle, so that every other method runs on the edited model. Edits of one hook
 //! point follow each other in the order of the list; edits of several compose in the order of the graph. A [`sweep`] makes one edit at
-//! every place of a kind, each by itself.
+//! every place of a kind, each by itself; a [`circuit`] is made of the edges between parts that carry a behaviour.
 
+pub mod circuit;
 pub mod effect;
 mod operand;
 mod resolve;

@@ -81,16 +81,27 @@ impl Direct {
 }
 
 /// A layer whose attention writes into the stream by heads.
-struct Layer {
-    number: u32,
-    z: String,
-    out: String,
-    heads: usize,
+#[derive(Clone, Debug)]
+pub(in crate::methods) struct Layer {
+    /// Its number.
+    pub(in crate::methods) number: u32,
+    /// Hook point of its heads.
+    pub(in crate::methods) z: String,
+    /// Hook point of what it writes.
+    pub(in crate::methods) out: String,
+    /// How many heads.
+    pub(in crate::methods) heads: usize,
     d_head: usize,
 }
 
 /// The components of a model, in the order of the graph.
-fn components(info: &ModelInfo, stream: &Stream) -> Result<Vec<String>, EngineError> {
+///
+/// # Errors
+/// [`EngineError::FailedPrecondition`] for a model whose layers normalise their sums.
+pub(in crate::methods) fn components(
+    info: &ModelInfo,
+    stream: &Stream,
+) -> Result<Vec<String>, EngineError> {
     if stream.normalised {
         return Err(EngineError::precondition(format!(
             "every layer of model \"{}\" normalises its own sum, so that its stream is no sum of what layers write: there is no direct logit \
@@ -109,7 +120,10 @@ fn components(info: &ModelInfo, stream: &Stream) -> Result<Vec<String>, EngineEr
 }
 
 /// The layers whose heads can be told apart.
-fn layers(info: &ModelInfo) -> Result<Vec<Layer>, EngineError> {
+///
+/// # Errors
+/// [`EngineError::FailedPrecondition`] where they cannot.
+pub(in crate::methods) fn layers(info: &ModelInfo) -> Result<Vec<Layer>, EngineError> {
     let mut found = Vec::new();
     for number in 0..info.dims.layers {
         let name = |inside: &str| format!("blocks.{number}.{inside}");
@@ -315,41 +329,24 @@ fn read<'a>(
     })
 }
 
-/// What each head writes, through the output projection of its layer: every head of all layers that have it in one row, the others zero; one
-/// more row for what is written without any.
-async fn by_head(
+/// What heads write through the output projection of their layer: `[layer][row][position, width]` at the positions that are read. A row for each head, of
+/// all layers that have it, with every other head zero; the last row is what is written without any. `z` has what stands at the heads of each
+/// layer, `[position, head, d_head]`, by name.
+///
+/// # Errors
+/// Those of the runs.
+pub(in crate::methods) async fn written(
     subject: &mut Subject,
     stream: &Stream,
     layers: &[Layer],
-    seen: &Seen,
-) -> Result<Heads, EngineError> {
+    (z, positions): (&BTreeMap<String, Vec<f32>>, usize),
+    read_at: &[usize],
+) -> Result<Vec<Vec<Vec<f32>>>, EngineError> {
     let width = stream.width.max(1);
-    let positions = seen.functional.len() / width;
-    // Positions that the target does not read directly contribute nothing, whatever is written there.
-    let read_at: Vec<usize> = (0..positions)
-        .filter(|p| {
-            seen.functional[p * width..][..width]
-                .iter()
-                .any(|u| *u != 0.0)
-        })
-        .collect();
     let heads = layers.iter().map(|l| l.heads).max().unwrap_or_default();
-    let mut found = Heads {
-        layers: layers.iter().map(|l| l.number).collect(),
-        heads,
-        contributions: vec![0.0; layers.len() * heads * positions],
-        bias: vec![0.0; layers.len() * positions],
-    };
-    for (at, layer) in layers.iter().enumerate() {
-        let lacks = (at * heads + layer.heads) * positions..(at + 1) * heads * positions;
-        found.contributions[lacks].fill(f64::NAN);
-    }
-    if read_at.is_empty() {
-        return Ok(found);
-    }
     let rows = Rows::of(subject, positions, stream.fixed);
     let kept: Vec<usize> = if rows.short {
-        read_at.clone()
+        read_at.to_vec()
     } else {
         (0..positions).collect()
     };
@@ -380,13 +377,12 @@ async fn by_head(
         .sum();
     let at_a_time = (BYTES_AT_A_TIME / (row_numbers * size_of::<f32>()).max(1)).max(1);
     let at_a_time = if rows.alone { 1 } else { at_a_time };
-    // `[layer][row][position, width]` at the positions that are read; the last row is the one without heads.
     let all = heads + 1;
     let mut written = vec![vec![Vec::new(); all]; layers.len()];
     for from in (0..all).step_by(at_a_time) {
         let chunk = from..all.min(from + at_a_time);
         let states = layers.iter().map(|layer| {
-            let z = of(&seen.values, &layer.z)?;
+            let z = of(z, &layer.z)?;
             let mut values = Vec::with_capacity(chunk.len() * kept.len() * layer.heads);
             for row in chunk.clone() {
                 for head in kept
@@ -423,6 +419,41 @@ async fn by_head(
             }
         }
     }
+    Ok(written)
+}
+
+/// What each head writes, as the target reads it.
+async fn by_head(
+    subject: &mut Subject,
+    stream: &Stream,
+    layers: &[Layer],
+    seen: &Seen,
+) -> Result<Heads, EngineError> {
+    let width = stream.width.max(1);
+    let positions = seen.functional.len() / width;
+    // Positions that the target does not read directly contribute nothing, whatever is written there.
+    let read_at: Vec<usize> = (0..positions)
+        .filter(|p| {
+            seen.functional[p * width..][..width]
+                .iter()
+                .any(|u| *u != 0.0)
+        })
+        .collect();
+    let heads = layers.iter().map(|l| l.heads).max().unwrap_or_default();
+    let mut found = Heads {
+        layers: layers.iter().map(|l| l.number).collect(),
+        heads,
+        contributions: vec![0.0; layers.len() * heads * positions],
+        bias: vec![0.0; layers.len() * positions],
+    };
+    for (at, layer) in layers.iter().enumerate() {
+        let lacks = (at * heads + layer.heads) * positions..(at + 1) * heads * positions;
+        found.contributions[lacks].fill(f64::NAN);
+    }
+    if read_at.is_empty() {
+        return Ok(found);
+    }
+    let written = written(subject, stream, layers, (&seen.values, positions), &read_at).await?;
     let functional: Vec<f32> = read_at
         .iter()
         .flat_map(|p| seen.functional[p * width..][..width].iter().copied())

@@ -359,7 +359,7 @@ async fn views(scores: Vec<f32>, labels: usize, asked: &Asked) -> Result<Vec<Vie
 }
 
 /// Largest difference, relative to the largest magnitude. What is the same infinity is the same.
-pub(super) fn distance(a: &[f32], b: &[f32]) -> f64 {
+pub(in crate::methods) fn distance(a: &[f32], b: &[f32]) -> f64 {
     if a.len() != b.len() {
         return f64::INFINITY;
     }
@@ -382,7 +382,7 @@ pub(super) fn distance(a: &[f32], b: &[f32]) -> f64 {
 }
 
 /// How far the same mathematics by other operators may be apart, in this arithmetic: `Rewritten`, or `Half`.
-pub(super) fn tolerance(dtype: DType) -> f64 {
+pub(in crate::methods) fn tolerance(dtype: DType) -> f64 {
     match dtype {
         DType::F16 | DType::Bf16 => 2e-2,
         DType::F32

@@ -13,10 +13,10 @@
 //! Two steps, as for attributions: [`start`] checks everything and reads the stream in one run; [`Started::run`] does the rest.
 
 pub mod direct;
-mod head;
+pub(in crate::methods) mod head;
 mod residual;
-mod rows;
-mod stream;
+pub(in crate::methods) mod rows;
+pub(in crate::methods) mod stream;
 pub mod tuned;
 mod view;
 

@@ -15,16 +15,20 @@ use crate::{
 
 /// How rows are made for a row of so many positions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Rows {
+pub(in crate::methods) struct Rows {
     /// Rows may be shorter than the row.
-    pub(super) short: bool,
+    pub(in crate::methods) short: bool,
     /// Rows may not share a group.
-    pub(super) alone: bool,
+    pub(in crate::methods) alone: bool,
 }
 
 impl Rows {
     /// For a hook point whose positions the model fixes or not.
-    pub(super) fn of(subject: &Subject, positions: usize, fixed: Option<usize>) -> Self {
+    pub(in crate::methods) fn of(
+        subject: &Subject,
+        positions: usize,
+        fixed: Option<usize>,
+    ) -> Self {
         let info = subject.info();
         let fills = |role| {
             matches!(
@@ -50,7 +54,7 @@ impl Rows {
     }
 
     /// A group of rows of so many positions, with what stands at hook points and what is wanted.
-    pub(super) fn group(
+    pub(in crate::methods) fn group(
         self,
         subject: &Subject,
         (rows, length): (usize, usize),

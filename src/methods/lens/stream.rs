@@ -26,15 +26,15 @@ pub(super) const SCORES: &str = "logits";
 
 /// Where the states are.
 #[derive(Clone, Debug)]
-pub(super) struct Stream {
+pub(in crate::methods) struct Stream {
     /// Hook points, in the order of the layers.
-    pub(super) states: Vec<String>,
+    pub(in crate::methods) states: Vec<String>,
     /// Numbers of a position.
-    pub(super) width: usize,
+    pub(in crate::methods) width: usize,
     /// Positions, where the model fixes them.
-    pub(super) fixed: Option<usize>,
+    pub(in crate::methods) fixed: Option<usize>,
     /// Type of the arithmetic at the end.
-    pub(super) dtype: DType,
+    pub(in crate::methods) dtype: DType,
     /// Whether every layer normalises its own sum.
     pub(super) normalised: bool,
 }
@@ -57,7 +57,7 @@ impl Stream {
     ///
     /// # Errors
     /// [`EngineError::FailedPrecondition`] for a model whose stream is not known from end to end, or changes its width.
-    pub(super) fn of(info: &ModelInfo) -> Result<Self, EngineError> {
+    pub(in crate::methods) fn of(info: &ModelInfo) -> Result<Self, EngineError> {
         let last = info
             .dims
             .layers
@@ -111,7 +111,7 @@ impl Stream {
     }
 
     /// The last state, which the head reads.
-    pub(super) fn end(&self) -> &str {
+    pub(in crate::methods) fn end(&self) -> &str {
         self.states.last().map_or("", String::as_str)
     }
 

@@ -37,7 +37,8 @@ use crate::{
     },
 };
 use parts::Parts;
-use path::{Paths, of_rows};
+use path::Paths;
+pub(super) use path::of_rows;
 
 /// Name of the source of a patching.
 const SOURCE: &str = "source";

@@ -208,7 +208,7 @@ fn bytes(operands: &[(&str, [Grid; 2])]) -> usize {
 }
 
 /// Scales and shifts of rows that move the same hook points.
-pub(super) fn of_rows<'a>(
+pub(in crate::methods::intervene) fn of_rows<'a>(
     info: &ModelInfo,
     rows: impl Iterator<Item = Vec<(&'a str, [Grid; 2])>>,
 ) -> Result<Vec<NamedTensor>, EngineError> {
