@@ -1,13 +1,15 @@
 //! Lenses against PyTorch's own states, heads and writes (`reference.npz` of the models), taken through the definitions in double precision with the
 //! weights of the file: the logit lens with the norm recomputed, direct logit attribution with the norm's scale as it was.
 
+#![allow(clippy::wildcard_enum_match_arm)] // a test names what it expects; anything else is a failure
+
 #[path = "support/daemon.rs"]
 mod daemon;
 #[path = "support/lens.rs"]
 mod lens_support;
 mod support;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use daemon::TestDaemon;
 use introspectd::service::wire::introspect as pb;
@@ -28,18 +30,18 @@ fn fixture(name: &str) -> PathBuf {
 }
 
 /// The weight of a file whose name ends so.
-fn weight(folder: &PathBuf, ending: &str) -> ArrayD<f64> {
+fn weight(folder: &Path, ending: &str) -> ArrayD<f64> {
     let model = open(folder).unwrap();
     let mut all = model.graph.initializers();
     let (_, found) = all.find(|(name, _)| name.ends_with(ending)).unwrap();
     array(&found.tensor().unwrap()).mapv(f64::from)
 }
 
-fn matrix(folder: &PathBuf, ending: &str) -> Array2<f64> {
+fn matrix(folder: &Path, ending: &str) -> Array2<f64> {
     weight(folder, ending).into_dimensionality::<Ix2>().unwrap()
 }
 
-fn vector(folder: &PathBuf, ending: &str) -> Array1<f64> {
+fn vector(folder: &Path, ending: &str) -> Array1<f64> {
     weight(folder, ending).into_dimensionality::<Ix1>().unwrap()
 }
 
