@@ -3,6 +3,8 @@
 
 #![allow(clippy::wildcard_enum_match_arm)] // a test names what it expects; anything else is a failure
 
+#[path = "support/arrays.rs"]
+mod arrays;
 #[path = "support/daemon.rs"]
 mod daemon;
 #[path = "support/lens.rs"]
@@ -216,6 +218,93 @@ async fn each_vector_goes_through_the_pooler_and_the_head() {
             let whole = answer.state("whole_logits", layer);
             let off = far(whole, &wanted.row(0).to_vec());
             assert!(off < REWRITTEN, "{model} {layer}: {off}");
+        }
+    }
+    d.stop().await;
+}
+
+/// Who is held against which golden numbers.
+const ANALYSED: [(&str, &[&str]); 6] = [
+    ("gpt2", &["gpt2.legacy14", "gpt2.dynamo20", "gpt2.fused"]),
+    (
+        "llama",
+        &["llama.legacy14", "llama.attention23", "llama.fused"],
+    ),
+    ("bert", &["bert.legacy14", "bert.attention23", "bert.fused"]),
+    ("distilbert", &["distilbert.legacy14", "distilbert.fused"]),
+    ("circuit", &["circuit.legacy17"]),
+    ("induction", &["induction.legacy17"]),
+];
+
+/// `tests/fixtures/make/analysis_lens.py`, whose attribution to heads is TransformerLens's.
+#[tokio::test(flavor = "multi_thread")]
+async fn lenses_of_every_architecture_are_those_of_pytorch() {
+    let models: Vec<&str> = ANALYSED
+        .iter()
+        .flat_map(|(_, m)| m.iter().copied())
+        .collect();
+    let d = TestDaemon::with(&models).await;
+    for (golden, models) in ANALYSED {
+        let golden = arrays::read(&format!("analysis/{golden}.npz"));
+        let wanted = |name: &str| -> Vec<f64> { golden[name].iter().copied().collect() };
+        let ids: Vec<u32> = golden["ids"].iter().map(|v| *v as u32).collect();
+        let mut parts = vec![pb::LensPart::Lens.into(), pb::LensPart::Residual.into()];
+        let attributed = golden.get("dla/token").map(|t| t[[0]] as u32);
+        parts.extend(attributed.map(|_| i32::from(pb::LensPart::Attribution)));
+        for model in models {
+            let request = pb::LensRequest {
+                model: (*model).to_owned(),
+                input: tokens(&ids),
+                parts: parts.clone(),
+                logits: true,
+                ..pb::LensRequest::default()
+            };
+            let answer = ask(&d, request)
+                .await
+                .unwrap_or_else(|e| panic!("{model}: {e:?}"));
+            let same = |ours: &[f64], name: &str| {
+                let off = far(ours, &wanted(name));
+                assert!(off < REWRITTEN, "{model} {name}: {off}");
+            };
+            same(answer.values("logits"), "lens/logits");
+            if golden.contains_key("lens/whole") {
+                same(answer.values("whole_logits"), "lens/whole");
+            }
+            same(answer.values("residual_norm"), "resid/norm");
+            same(answer.values("residual_step_cosine"), "resid/cosine_next");
+            same(answer.values("residual_cosine"), "resid/cosine");
+            let Some(token) = attributed else {
+                continue;
+            };
+            // The greatest logit at the last position is what is followed by default.
+            let facts = answer.attribution.as_ref().unwrap();
+            assert_eq!(answer.header.terms[0].index, token, "{model}");
+            same(&[facts.value], "dla/logit");
+            let at_last = |name: &str| -> Vec<f64> {
+                let rows = answer.values(name).chunks_exact(ids.len());
+                rows.map(|r| r[ids.len() - 1]).collect()
+            };
+            // Relative to the logit's greatest part: some are zero.
+            let parts = at_last("contributions");
+            let largest = parts.iter().fold(0f64, |m, v| m.max(v.abs()));
+            let part = |ours: &[f64], name: &str| {
+                let wanted = wanted(name);
+                assert_eq!(ours.len(), wanted.len(), "{model} {name}");
+                for (a, b) in ours.iter().zip(&wanted) {
+                    let off = (a - b).abs() / largest;
+                    assert!(off < REWRITTEN, "{model} {name}: {ours:?} {wanted:?}");
+                }
+            };
+            let of = |ending: &str| -> Vec<f64> {
+                let named = facts.components.iter().zip(&parts);
+                let named = named.filter(|(name, _)| name.ends_with(ending));
+                named.map(|(_, v)| *v).collect()
+            };
+            part(&of("hook_resid_pre"), "dla/embed");
+            part(&of("hook_mlp_out"), "dla/mlp");
+            part(&at_last("head_contributions"), "dla/head");
+            part(&at_last("head_bias"), "dla/attn_bias");
+            part(&[facts.bias], "dla/bias");
         }
     }
     d.stop().await;
