@@ -16,7 +16,7 @@
 
 use std::{
     fs::File,
-    io::{self, ErrorKind, Read as _},
+    io::{self, Read as _},
     os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
 };
@@ -31,7 +31,7 @@ use safetensors::{
 use super::stream::States;
 use crate::{
     engine::EngineError,
-    methods::probe::store::NAME_LIMIT,
+    methods::probe::store::{check_name_of, missing},
     tensor::{DType, Tensor},
 };
 
@@ -59,21 +59,7 @@ pub struct Tuned {
 /// # Errors
 /// Why not, with the field.
 pub fn check_name(name: &str, field: &str) -> Result<(), EngineError> {
-    let fits = !name.is_empty()
-        && name.len() <= NAME_LIMIT
-        && name
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
-        && name.starts_with(|c: char| c.is_ascii_alphanumeric());
-    if fits {
-        return Ok(());
-    }
-    Err(EngineError::invalid(
-        field,
-        format!(
-            "a tuned lens's name has 1 to {NAME_LIMIT} letters, digits, '.', '_' and '-', and begins with a letter or digit"
-        ),
-    ))
+    check_name_of("a tuned lens", name, field)
 }
 
 /// Where the tuned lenses of a model are: beneath a configured folder, or beside the model.
@@ -98,9 +84,12 @@ impl Tuned {
             ))
         };
         // A link, a device or a pipe is no file of maps.
-        let kind = path.symlink_metadata().map_err(|e| match e.kind() {
-            ErrorKind::NotFound | ErrorKind::NotADirectory => absent(),
-            other => broken(name, &other.to_string()),
+        let kind = path.symlink_metadata().map_err(|e| {
+            if missing(&e) {
+                absent()
+            } else {
+                broken(name, &e.kind().to_string())
+            }
         })?;
         if !kind.is_file() {
             return Err(broken(name, "it is no regular file"));

@@ -73,6 +73,14 @@ pub struct Listing {
 /// # Errors
 /// Why not, with the field.
 pub fn check_name(name: &str, field: &str) -> Result<(), EngineError> {
+    check_name_of("a probe", name, field)
+}
+
+/// Whether a name can be that of something that is stored beside a model: it leaves no folder.
+///
+/// # Errors
+/// Why not, with the field.
+pub fn check_name_of(what: &str, name: &str, field: &str) -> Result<(), EngineError> {
     let fits = !name.is_empty()
         && name.len() <= NAME_LIMIT
         && name
@@ -85,7 +93,7 @@ pub fn check_name(name: &str, field: &str) -> Result<(), EngineError> {
     Err(EngineError::invalid(
         field,
         format!(
-            "a probe's name has 1 to {NAME_LIMIT} letters, digits, '.', '_' and '-', and begins with a letter or digit"
+            "{what}'s name has 1 to {NAME_LIMIT} letters, digits, '.', '_' and '-', and begins with a letter or digit"
         ),
     ))
 }
@@ -302,7 +310,8 @@ fn read(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn missing(e: &io::Error) -> bool {
+/// Whether something is not there.
+pub(in crate::methods) fn missing(e: &io::Error) -> bool {
     matches!(
         e.kind(),
         io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
