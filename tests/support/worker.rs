@@ -239,6 +239,8 @@ pub fn everything(outputs: &[ValueInfo], rows: u32) -> Vec<Pick> {
 /// Inputs of `rows` rows of `length` tokens that differ by row and position, for a model of the fixtures.
 pub fn inputs(info: &ModelInfo, rows: usize, length: usize) -> Vec<(String, Tensor)> {
     use introspectd::ipc::info::InputRole;
+    // Of the smallest vocabularies, too.
+    let tokens = info.dims.vocab.map_or(200, |v| (v - 5).min(200));
     info.inputs
         .iter()
         .map(|input| {
@@ -265,7 +267,9 @@ pub fn inputs(info: &ModelInfo, rows: usize, length: usize) -> Vec<(String, Tens
                 role => {
                     let values: Vec<i64> = (0..count)
                         .map(|i| match role {
-                            InputRole::TokenIds => 5 + ((at(i).0 * 31 + at(i).1 * 7) % 200) as i64,
+                            InputRole::TokenIds => {
+                                5 + ((at(i).0 * 31 + at(i).1 * 7) % tokens) as i64
+                            }
                             InputRole::AttentionMask => 1,
                             InputRole::PositionIds => at(i).1 as i64,
                             InputRole::TypeIds
