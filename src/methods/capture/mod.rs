@@ -179,7 +179,7 @@ pub async fn start(
         ));
     }
     let field = input::field_of(&input);
-    let prepared = input::prepare(handle, input, ctx)
+    let mut prepared = input::unspelled(handle, input, ctx)
         .await
         .map_err(|e| e.beneath("input"))?;
     let length = prepared.group.length.or_else(|| length_of(&prepared));
@@ -232,6 +232,8 @@ pub async fn start(
         .submit(job, ctx)
         .await
         .map_err(|e| input::at_field(e, field))?;
+    // While the row waits and runs.
+    input::spell(handle, &mut prepared, ctx).await?;
     let sends = output.iter().filter(|o| o.sent);
     let sends = sends.map(|o| o.pick.output.clone());
     Ok(Started {
