@@ -344,6 +344,7 @@ async fn numbers_tokens_and_every_kind_can_be_read() {
                         span(0, first.len(), "adjective"),
                         span(first.len() + 1, end, "noun"),
                     ],
+                    ..pb::TokenLabels::default()
                 })),
                 ..class(&format!("{first} {second}"), "")
             }

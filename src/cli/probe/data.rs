@@ -103,6 +103,7 @@ fn object(line: &str, columns: &Columns) -> Result<pb::Example, String> {
     let of = match (&object[&columns.label], &object["spans"]) {
         (_, Value::Array(spans)) => Of::Tokens(pb::TokenLabels {
             spans: spans.iter().map(span).collect::<Result<_, _>>()?,
+            ..pb::TokenLabels::default()
         }),
         (Value::String(label), _) if columns.numbers => Of::Number(number(label)?),
         (Value::String(label), _) => Of::Label(label.clone()),

@@ -15,7 +15,10 @@ use std::{
     fs::{self, File},
     io::{self, Read as _, Write as _},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use bytes::Bytes;
@@ -46,8 +49,16 @@ pub type Weights = BTreeMap<String, Tensor>;
 #[derive(Clone, Debug)]
 pub struct Store {
     folder: PathBuf,
-    /// Held by whoever changes files: two at a time would tidy away each other's.
-    writing: Arc<Mutex<()>>,
+    writing: Arc<Writing>,
+}
+
+/// What those share who change files.
+#[derive(Debug, Default)]
+pub struct Writing {
+    /// Two at a time would tidy away each other's.
+    turn: Mutex<()>,
+    /// Counts what was changed.
+    changes: AtomicU64,
 }
 
 /// A probe, read and checked.
@@ -90,9 +101,35 @@ pub fn check_name(name: &str, field: &str) -> Result<(), EngineError> {
     ))
 }
 
+impl Writing {
+    /// Grows with every change.
+    pub(super) fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
+    }
+
+    /// Whoever holds it changes files; the change counts when it is let go.
+    fn turn(&self) -> Turn<'_> {
+        Turn {
+            changes: &self.changes,
+            _turn: self.turn.lock().unwrap_or_else(PoisonError::into_inner),
+        }
+    }
+}
+
+struct Turn<'a> {
+    changes: &'a AtomicU64,
+    _turn: std::sync::MutexGuard<'a, ()>,
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.changes.fetch_add(1, Ordering::Release);
+    }
+}
+
 impl Store {
     /// Probes in this folder, which need not be there yet; those who hold the same lock take turns at changing them.
-    pub fn new(folder: PathBuf, writing: Arc<Mutex<()>>) -> Self {
+    pub fn new(folder: PathBuf, writing: Arc<Writing>) -> Self {
         Self { folder, writing }
     }
 
@@ -195,7 +232,7 @@ impl Store {
         replace: bool,
     ) -> Result<Card, EngineError> {
         check_name(&card.name, "name")?;
-        let _turn = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _turn = self.writing.turn();
         self.may_put(&card.name, replace)?;
         let folder = self.folder.join(&card.name);
         let bytes = safetensors(weights)?;
@@ -204,10 +241,21 @@ impl Store {
             file: format!("weights-{}{ENDING}", &sha256[..16]),
             sha256,
         };
+        let described = described(&card)?;
+        for (what, size, limit) in [
+            ("weights", bytes.len(), TENSORS_LIMIT),
+            ("description", described.len(), CARD_LIMIT),
+        ] {
+            if size as u64 > limit {
+                return Err(EngineError::precondition(format!(
+                    "the {what} of probe \"{}\" would take {size} bytes, and may take {limit}: name fewer hook points",
+                    card.name
+                )));
+            }
+        }
         let written = (|| -> io::Result<()> {
             fs::create_dir_all(&folder)?;
             write(&folder, &card.tensors.file, &bytes)?;
-            let described = described(&card).map_err(|e| io::Error::other(e.to_string()))?;
             write(&folder, CARD, &described)
         })();
         if let Err(e) = written {
@@ -243,7 +291,7 @@ impl Store {
     /// [`EngineError::NotFound`]; [`EngineError::FailedPrecondition`] when the disk does not let it go.
     pub fn delete(&self, name: &str) -> Result<(), EngineError> {
         check_name(name, "name")?;
-        let _turn = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _turn = self.writing.turn();
         let folder = self.folder.join(name);
         // Without its description it is no probe, whatever happens next.
         let gone = fs::remove_file(folder.join(CARD)).and_then(|()| fs::remove_dir_all(&folder));
