@@ -63,6 +63,8 @@ pub struct Selection {
     pub logits: Logits,
     /// Candidates of the prediction.
     pub candidates: usize,
+    /// Whether tokens that were given as ids have their text, for which the worker is asked.
+    pub spelled: bool,
 }
 
 impl Default for Selection {
@@ -78,6 +80,7 @@ impl Default for Selection {
             dtype: DType::F32,
             logits: Logits::Prediction,
             candidates: 5,
+            spelled: true,
         }
     }
 }
@@ -232,8 +235,10 @@ pub async fn start(
         .submit(job, ctx)
         .await
         .map_err(|e| input::at_field(e, field))?;
-    // While the row waits and runs.
-    input::spell(handle, &mut prepared, ctx).await?;
+    if selection.spelled {
+        // While the row waits and runs.
+        input::spell(handle, &mut prepared, ctx).await?;
+    }
     let sends = output.iter().filter(|o| o.sent);
     let sends = sends.map(|o| o.pick.output.clone());
     Ok(Started {

@@ -155,6 +155,7 @@ pub async fn extract(
             // Each labelled token is a row of its own.
             pooling: plan.pooling.filter(|_| !of_tokens),
             logits: Logits::None,
+            spelled: false,
             ..Selection::default()
         },
     };

@@ -104,6 +104,7 @@ pub async fn score(
         selection: Selection {
             hooks: hooks.into_iter().cloned().collect(),
             positions: positions(asked, wanted),
+            spelled: wanted.per_token || asked.iter().any(|a| a.probe.card.pooling.is_none()),
             logits: if wanted.predict {
                 Logits::Prediction
             } else {

@@ -198,13 +198,21 @@ impl Store {
         Ok(Stored { card, weights })
     }
 
-    /// The files of a probe: description, weights.
+    /// The files of a probe: description, weights. Only these hook points, by their canonical names, unless none is named.
     ///
     /// # Errors
-    /// As [`Store::card`].
-    pub fn export(&self, name: &str) -> Result<(Vec<u8>, Vec<u8>), EngineError> {
+    /// As [`Store::card`]; beneath `hooks` for one that the probe does not have.
+    pub fn export(&self, name: &str, hooks: &[String]) -> Result<(Vec<u8>, Vec<u8>), EngineError> {
         let card = self.card(name)?;
         let tensors = self.tensors(&card)?;
+        if hooks.is_empty() {
+            return Ok((described(&card)?, tensors));
+        }
+        let of = |part: &str| part.rsplit_once('/').map(|(hook, _)| hook.to_owned());
+        let mut weights = weights(name, &tensors)?;
+        weights.retain(|part, _| of(part).is_some_and(|hook| hooks.contains(&hook)));
+        let tensors = safetensors(&weights)?;
+        let card = some(card, hooks, digest(&tensors))?;
         Ok((described(&card)?, tensors))
     }
 
@@ -434,6 +442,25 @@ pub(super) fn broken(name: &str, why: &str) -> EngineError {
             "probe \"{name}\" cannot be read: {why}; delete it or bring it anew"
         )),
     }
+}
+
+/// A description of some of its hook points, whose weights have this digest.
+fn some(mut card: Card, hooks: &[String], sha256: String) -> Result<Card, EngineError> {
+    for (at, hook) in hooks.iter().enumerate() {
+        if !card.reports.iter().any(|r| r.hook == *hook) {
+            let has: Vec<&str> = card.reports.iter().map(|r| r.hook.as_str()).collect();
+            return Err(EngineError::invalid(
+                format!("hooks[{at}]"),
+                format!("the probe has no \"{hook}\": it has {}", has.join(", ")),
+            ));
+        }
+    }
+    card.reports.retain(|r| hooks.contains(&r.hook));
+    if !hooks.contains(&card.best) {
+        card.best = super::train::best(&card.reports);
+    }
+    card.tensors.sha256 = sha256;
+    Ok(card)
 }
 
 fn unreadable(what: &str, e: &io::Error) -> EngineError {

@@ -302,12 +302,7 @@ impl Training {
             .map(|(_, report, fitted)| weights_of(&report.hook, fitted))
             .collect::<Result<Vec<_>, _>>()?;
         let reports: Vec<Report> = done.into_iter().map(|(_, report, _)| report).collect();
-        let best = reports
-            .iter()
-            .rev()
-            .max_by(|a, b| a.merit().total_cmp(&b.merit()))
-            .map(|r| r.hook.clone())
-            .unwrap_or_default();
+        let best = best(&reports);
         let info = self.handle.info();
         Ok(Trained {
             card: Card {
@@ -350,6 +345,15 @@ impl Training {
         };
         Split::said(&of(Part::Train), of(Part::Test), self.asked.seed)
     }
+}
+
+/// The hook point that does best; of equal ones the first.
+pub(super) fn best(reports: &[Report]) -> String {
+    let best = reports
+        .iter()
+        .rev()
+        .max_by(|a, b| a.merit().total_cmp(&b.merit()));
+    best.map(|r| r.hook.clone()).unwrap_or_default()
 }
 
 /// How many fits go on at a time beside what is held, which goes to the disk where no fit would find room.

@@ -147,9 +147,19 @@ impl ProbeService for ProbesOf {
         &self,
         request: Request<pb::ExportProbeRequest>,
     ) -> Result<Response<pb::ExportProbeResponse>, Status> {
-        let pb::ExportProbeRequest { model, name } = request.into_inner();
+        let pb::ExportProbeRequest { model, name, hooks } = request.into_inner();
         let state = self.state.clone();
-        let files = on_disk(move || state.probes_of(&named(model)?)?.export(&name));
+        let files = on_disk(move || {
+            let model = named(model)?;
+            // Names of a model that serves; of another, those that the probe has.
+            let info = state.registry.get(&model).ok().map(|h| h.info().clone());
+            let canonical = |hook: String| {
+                let known = info.as_ref().and_then(|i| i.hook(&hook));
+                known.map_or(hook.clone(), |h| h.name.clone())
+            };
+            let hooks: Vec<String> = hooks.into_iter().map(canonical).collect();
+            state.probes_of(&model)?.export(&name, &hooks)
+        });
         let (description, tensors) = files.await?;
         Ok(Response::new(pb::ExportProbeResponse {
             files: Some(pb::ProbeFiles {
