@@ -269,7 +269,6 @@ async fn train(args: &TrainArgs) -> Result<(), CliError> {
         codelength: args.codelength,
         learning_curve: args.learning_curve,
         replace: args.replace,
-        ..pb::TrainHeader::default()
     };
     let bar = training::progress(io::stderr().is_terminal());
     let trained = training::train(session.probes(), header, examples, &bar).await;

@@ -27,9 +27,9 @@ pub(in crate::cli) fn layers(probe: &pb::Probe) -> String {
             (None, Some(m)) => (number(Some(m.spearman)), number(m.selectivity)),
             (None, None) => (String::new(), String::new()),
         };
-        let interval = point
-            .interval
-            .map_or(String::new(), |(low, high)| format!("{low:.3}-{high:.3}"));
+        let interval = point.interval.map_or(String::new(), |(low, high)| {
+            format!("{low:.3} to {high:.3}")
+        });
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // 0 to BAR
         let length = (point.value.clamp(0.0, 1.0) * BAR).round() as usize;
         let mut row = vec![

@@ -67,16 +67,20 @@ impl Split {
     pub fn drawn(targets: &Targets, examples: &[usize], fraction: f64, seed: u64) -> Self {
         let mut groups: BTreeMap<usize, Vec<Vec<usize>>> = BTreeMap::new();
         let rows: Vec<usize> = (0..targets.len()).collect();
-        let rarest: Box<dyn Fn(&[usize]) -> usize> = match targets {
+        let counts = match targets {
             Targets::Classes(of, classes) => {
                 let mut counts = vec![0usize; *classes];
                 of.iter().for_each(|c| counts[*c] += 1);
-                Box::new(move |rows| {
-                    let classes = rows.iter().map(|r| of[*r]);
-                    classes.min_by_key(|c| (counts[*c], *c)).unwrap_or(0)
-                })
+                counts
             }
-            Targets::Numbers(_) => Box::new(|_| 0),
+            Targets::Numbers(_) => Vec::new(),
+        };
+        let rarest = |rows: &[usize]| match targets {
+            Targets::Classes(of, _) => {
+                let classes = rows.iter().map(|r| of[*r]);
+                classes.min_by_key(|c| (counts[*c], *c)).unwrap_or(0)
+            }
+            Targets::Numbers(_) => 0,
         };
         for example in rows.chunk_by(|a, b| examples.get(*a) == examples.get(*b)) {
             let group = groups.entry(rarest(example)).or_default();
