@@ -68,6 +68,8 @@ pub struct Training {
     labels: Vec<Value>,
     types: Vec<u64>,
     parts: Vec<Option<Part>>,
+    /// Which example each row is of.
+    examples: Vec<usize>,
     /// Whether rows are tokens.
     tokens: Option<bool>,
 }
@@ -79,6 +81,8 @@ pub struct Trained {
     pub card: Card,
     /// Their weights.
     pub weights: Weights,
+    /// Bytes of vectors that memory did not hold.
+    pub spilled: u64,
 }
 
 /// Bounds of a training.
@@ -112,6 +116,7 @@ impl Training {
             labels: Vec::new(),
             types: Vec::new(),
             parts: Vec::new(),
+            examples: Vec::new(),
             tokens: None,
         })
     }
@@ -178,19 +183,12 @@ impl Training {
                 "is said by some examples and not by others: say it of all, or of none",
             ));
         }
+        let example = self.examples.last().map_or(0, |last| last + 1);
+        self.examples.extend(rows.labels.iter().map(|_| example));
         self.parts.extend(rows.labels.iter().map(|_| rows.part));
         self.labels.extend(rows.labels);
         self.types.extend(rows.types);
-        let one = self.bytes_of_a_fit(self.asked.labels.len());
-        if one > self.terms.memory {
-            return Err(EngineError::exhausted(
-                format!(
-                    "with this example, a fit takes {one} bytes, and trainings may take {}: raise --probe-memory, or give fewer examples",
-                    self.terms.memory
-                ),
-                None,
-            ));
-        }
+        self.check_fit(self.asked.labels.len())?;
         self.matrices.push(&rows.vectors).map_err(|e| spill(&e))
     }
 
@@ -204,6 +202,22 @@ impl Training {
             },
         };
         self.asked.how.clone().unwrap_or(by_labels)
+    }
+
+    /// # Errors
+    /// [`EngineError::ResourceExhausted`] for a fit that would not find room.
+    fn check_fit(&self, classes: usize) -> Result<(), EngineError> {
+        let one = self.bytes_of_a_fit(classes);
+        if one > self.terms.memory {
+            return Err(EngineError::exhausted(
+                format!(
+                    "with these examples, a fit takes {one} bytes, and a training may take {}: raise --probe-memory, or give fewer examples",
+                    self.terms.memory
+                ),
+                None,
+            ));
+        }
+        Ok(())
     }
 
     /// Of the widest hook point.
@@ -231,8 +245,10 @@ impl Training {
             learning_curve: self.asked.learning_curve,
             seed: self.asked.seed,
         };
+        self.check_fit(names.len())?;
         let one = self.bytes_of_a_fit(names.len());
         let threads = at_a_time(&mut self.matrices, one, self.terms).map_err(|e| spill(&e))?;
+        let spilled = self.matrices.spilled();
         let work: Vec<(usize, Column)> = self
             .matrices
             .into_columns()
@@ -286,12 +302,7 @@ impl Training {
             .map(|(_, report, fitted)| weights_of(&report.hook, fitted))
             .collect::<Result<Vec<_>, _>>()?;
         let reports: Vec<Report> = done.into_iter().map(|(_, report, _)| report).collect();
-        let best = reports
-            .iter()
-            .rev()
-            .max_by(|a, b| a.merit().total_cmp(&b.merit()))
-            .map(|r| r.hook.clone())
-            .unwrap_or_default();
+        let best = best(&reports);
         let info = self.handle.info();
         Ok(Trained {
             card: Card {
@@ -313,12 +324,18 @@ impl Training {
                 tensors: TensorFile::default(),
             },
             weights: weights.into_iter().flatten().collect(),
+            spilled,
         })
     }
 
     fn split(&self, targets: &Targets) -> Split {
         if !self.parts.iter().any(Option::is_some) {
-            return Split::drawn(targets, self.asked.test_fraction, self.asked.seed);
+            let Asked {
+                test_fraction,
+                seed,
+                ..
+            } = self.asked;
+            return Split::drawn(targets, &self.examples, test_fraction, seed);
         }
         let of = |part| -> Vec<usize> {
             let rows = self.parts.iter().enumerate();
@@ -328,6 +345,15 @@ impl Training {
         };
         Split::said(&of(Part::Train), of(Part::Test), self.asked.seed)
     }
+}
+
+/// The hook point that does best; of equal ones the first.
+pub(super) fn best(reports: &[Report]) -> String {
+    let best = reports
+        .iter()
+        .rev()
+        .max_by(|a, b| a.merit().total_cmp(&b.merit()));
+    best.map(|r| r.hook.clone()).unwrap_or_default()
 }
 
 /// How many fits go on at a time beside what is held, which goes to the disk where no fit would find room.
