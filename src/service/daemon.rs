@@ -35,7 +35,7 @@ use crate::{
     config::Config,
     engine::{Engine, EngineConfig, ProcessLauncher, WorkerCommand},
     ipc::spec::{LoadOptions, UnknownProvider},
-    methods::probe::ready::Probes,
+    methods::{intervene::Means, probe::ready::Probes},
     model::{ModelSettings, Registry, Repository},
     shutdown::Shutdown,
     telemetry::{
@@ -120,6 +120,7 @@ pub(super) struct State {
     pub(super) config: Config,
     pub(super) statistics: Statistics,
     pub(super) probes: Arc<Probes>,
+    pub(super) means: Means,
     ready: watch::Receiver<bool>,
 }
 
@@ -169,6 +170,7 @@ impl Daemon {
             registry: registry.clone(),
             statistics: Statistics::default(),
             probes: Arc::new(Probes::new(config.probes.clone())),
+            means: Means::default(),
             ready: readiness.clone(),
             config: config.clone(),
         });

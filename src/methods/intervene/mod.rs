@@ -13,6 +13,7 @@
 
 pub mod circuit;
 pub mod effect;
+mod means;
 mod operand;
 mod resolve;
 mod site;
@@ -20,10 +21,25 @@ pub mod sweep;
 
 use std::collections::BTreeMap;
 
+pub use means::Means;
 pub use resolve::resolve;
 
 use super::{attribute::features::Span, input::Input};
-use crate::tensor::Tensor;
+use crate::{
+    engine::{Ctx, Lane},
+    tensor::Tensor,
+};
+
+/// What work for an intervention is done in.
+#[derive(Clone, Copy, Debug)]
+pub struct Within<'a> {
+    /// Where rows wait.
+    pub lane: Lane,
+    /// The request.
+    pub ctx: &'a Ctx,
+    /// Means that are known.
+    pub means: &'a Means,
+}
 
 /// What is changed.
 #[derive(Clone, Debug, Default)]

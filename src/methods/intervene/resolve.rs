@@ -1,16 +1,20 @@
 //! From edits to stages and operands: finds the places, and makes the values that stand there.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use futures::future::BoxFuture;
 
 use super::{
-    Edit, Intervention, Operation, Vector,
+    Edit, Intervention, Operation, Vector, Within,
+    means::named,
     operand::{Grid, Staged, follow, given},
     site::{Site, sites},
 };
 use crate::{
-    engine::{Ctx, Edits, EngineError, Job, Lane, ModelHandle, NamedTensor, PickSpec, RowGroup},
+    engine::{Edits, EngineError, Job, ModelHandle, NamedTensor, PickSpec, RowGroup},
     ipc::{
         info::ModelInfo,
         spec::{Stage, VariantSpec},
@@ -33,12 +37,12 @@ pub async fn resolve(
     handle: &ModelHandle,
     intervention: &Intervention,
     input: &Input,
-    (lane, ctx): (Lane, &Ctx),
+    within: Within<'_>,
 ) -> Result<Edits, EngineError> {
-    let prepared = input::prepare(handle, input.clone(), ctx)
+    let prepared = input::prepare(handle, input.clone(), within.ctx)
         .await
         .map_err(|e| e.beneath("input"))?;
-    resolver(handle, intervention, (lane, ctx))
+    resolver(handle, intervention, within)
         .edits(&intervention.edits, &prepared, "intervention.edits", &[])
         .await
 }
@@ -47,14 +51,13 @@ pub async fn resolve(
 pub(super) fn resolver<'a>(
     handle: &'a ModelHandle,
     intervention: &'a Intervention,
-    (lane, ctx): (Lane, &'a Ctx),
+    within: Within<'a>,
 ) -> Resolver<'a> {
     Resolver {
         handle,
         info: handle.info(),
         intervention,
-        lane,
-        ctx,
+        within,
     }
 }
 
@@ -68,8 +71,7 @@ pub(super) struct Resolver<'a> {
     handle: &'a ModelHandle,
     info: &'a ModelInfo,
     intervention: &'a Intervention,
-    lane: Lane,
-    ctx: &'a Ctx,
+    within: Within<'a>,
 }
 
 /// What stood at hook points in a run, by name, and how many positions it had.
@@ -207,7 +209,7 @@ impl Resolver<'_> {
                 ));
             }
             let here = format!("intervention.sources[\"{name}\"]");
-            let prepared = input::prepare(self.handle, source.input.clone(), self.ctx)
+            let prepared = input::prepare(self.handle, source.input.clone(), self.within.ctx)
                 .await
                 .map_err(|e| e.beneath(&format!("{here}.input")))?;
             let edits = format!("{here}.edits");
@@ -360,27 +362,34 @@ impl Resolver<'_> {
             ));
         }
         let attention = sites.iter().any(Site::is_attention);
-        let hooks: Vec<String> = sites.iter().map(|s| s.hook.clone()).collect();
-        let mut sums: BTreeMap<String, (Vec<usize>, Vec<f64>, usize)> = BTreeMap::new();
-        for (chunk, some) in inputs.chunks(AT_A_TIME).enumerate() {
-            let mut groups = Vec::with_capacity(some.len());
-            for (n, input) in some.iter().enumerate() {
-                let here = format!("{field}[{}]", chunk * AT_A_TIME + n);
-                let prepared = input::prepare(self.handle, input.clone(), self.ctx).await;
-                let prepared = prepared.map_err(|e| e.beneath(&here))?;
-                if attention && prepared.group.length != length {
-                    return Err(EngineError::invalid(
-                        here,
-                        format!(
-                            "has {} tokens and the input {}: the mean of an attention is over texts of one length",
-                            prepared.group.length.unwrap_or_default(),
-                            length.unwrap_or_default()
-                        ),
-                    ));
-                }
-                groups.push(prepared.group);
+        let mut groups = Vec::with_capacity(inputs.len());
+        for (n, input) in inputs.iter().enumerate() {
+            let here = format!("{field}[{n}]");
+            let prepared = input::prepare(self.handle, input.clone(), self.within.ctx).await;
+            let prepared = prepared.map_err(|e| e.beneath(&here))?;
+            if attention && prepared.group.length != length {
+                return Err(EngineError::invalid(
+                    here,
+                    format!(
+                        "has {} tokens and the input {}: the mean of an attention is over texts of one length",
+                        prepared.group.length.unwrap_or_default(),
+                        length.unwrap_or_default()
+                    ),
+                ));
             }
-            self.run(self.handle, groups, &hooks, |hook, grid| {
+            groups.push(prepared.group);
+        }
+        let (means, of) = (self.within.means, named(self.handle, &groups));
+        let known = |site: &Site| means.get(&of, &site.hook, !attention);
+        let mut found: BTreeMap<&str, Arc<Grid>> = BTreeMap::new();
+        found.extend(sites.iter().filter_map(|s| Some((&s.hook[..], known(s)?))));
+        let missing = sites.iter().map(|s| &s.hook);
+        let missing = missing.filter(|h| !found.contains_key(&h[..]));
+        let hooks: Vec<String> = missing.cloned().collect();
+        let mut sums: BTreeMap<String, (Vec<usize>, Vec<f64>, usize)> = BTreeMap::new();
+        let chunks = groups.chunks(AT_A_TIME).filter(|_| !hooks.is_empty());
+        for some in chunks {
+            self.run(self.handle, some.to_vec(), &hooks, |hook, grid| {
                 let over = sites.iter().find(|s| s.hook == hook);
                 let over = over.and_then(Site::positions).filter(|_| !attention);
                 let (shape, rows) = grid.by(over);
@@ -396,20 +405,21 @@ impl Resolver<'_> {
             })
             .await?;
         }
-        hooks
-            .iter()
-            .map(|hook| {
-                let (shape, sum, count) = sums.get(hook).ok_or_else(|| {
-                    EngineError::internal(format!("\"{hook}\" came back from no run"))
-                })?;
-                #[allow(clippy::cast_possible_truncation)] // as precise as what it is the mean of
-                let values = sum.iter().map(|s| (s / *count as f64) as f32).collect();
-                Ok(Grid {
-                    shape: shape.clone(),
-                    values,
-                })
-            })
-            .collect()
+        for (hook, (shape, sum, count)) in &sums {
+            #[allow(clippy::cast_possible_truncation)] // as precise as what it is the mean of
+            let values = sum.iter().map(|s| (s / *count as f64) as f32).collect();
+            let shape = shape.clone();
+            let grid = Arc::new(Grid { shape, values });
+            means.put(&of, hook, !attention, &grid);
+            found.insert(hook, grid);
+        }
+        let of_site = |site: &Site| {
+            let grid = found.get(&site.hook[..]).ok_or_else(|| {
+                EngineError::internal(format!("\"{}\" came back from no run", site.hook))
+            })?;
+            Ok(Grid::clone(grid))
+        };
+        sites.iter().map(of_site).collect()
     }
 
     /// Runs rows for what stands at hook points.
@@ -432,7 +442,7 @@ impl Resolver<'_> {
                 keep_outputs: false,
                 ..VariantSpec::exposing(hooks)
             },
-            lane: self.lane,
+            lane: self.within.lane,
             groups: groups
                 .into_iter()
                 .map(|group| RowGroup {
@@ -441,7 +451,7 @@ impl Resolver<'_> {
                 })
                 .collect(),
         };
-        let mut rows = handle.submit(job, self.ctx).await?;
+        let mut rows = handle.submit(job, self.within.ctx).await?;
         while let Some(done) = rows.next().await {
             for (hook, tensor) in hooks.iter().zip(done?.tensors) {
                 let values = tensor.to_f32().map_err(EngineError::internal)?.into_owned();

@@ -30,7 +30,7 @@ use crate::{
         capture::{self, Captured, Terms},
         input::Input,
         intervene::{
-            self,
+            self, Within,
             effect::{Effect, effects},
         },
         predict::{self, At, Candidate, Prediction},
@@ -139,7 +139,12 @@ impl State {
         }
         let intervention =
             from_proto::intervention(given, &directions).map_err(|e| e.beneath("intervention"))?;
-        let edits = intervene::resolve(handle, &intervention, input, (lane, ctx)).await?;
+        let within = Within {
+            lane,
+            ctx,
+            means: &self.means,
+        };
+        let edits = intervene::resolve(handle, &intervention, input, within).await?;
         Ok(handle.edited(edits))
     }
 

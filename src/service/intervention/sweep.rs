@@ -10,7 +10,7 @@ use crate::{
         attribute::Partial,
         input,
         intervene::{
-            Edit, Operation,
+            Edit, Operation, Within,
             sweep::{self, By, Change, Effects, Path, Started, Sweep, Way},
         },
     },
@@ -54,8 +54,12 @@ impl State {
         let (model, sweep) = self.asked_sweep(request).await?;
         let handle = self.registry.get(&model)?;
         let explained = Explained::new(&model, "sweep", call.arrived);
-        let terms = (self.config.max_rows, Lane::Interactive);
-        match sweep::start(&handle, sweep, terms, ctx).await {
+        let within = Within {
+            lane: Lane::Interactive,
+            ctx,
+            means: &self.means,
+        };
+        match sweep::start(&handle, sweep, self.config.max_rows, within).await {
             Ok(started) => {
                 let info = handle.info();
                 let tokens = started.tokens.iter().cloned();

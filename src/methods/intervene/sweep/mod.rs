@@ -21,12 +21,12 @@ use tokio::sync::watch;
 pub use parts::By;
 
 use super::{
-    Edit, Intervention, Operation, Source,
+    Edit, Intervention, Operation, Source, Within,
     operand::{Grid, Staged},
     resolve::{Placed, resolver},
 };
 use crate::{
-    engine::{Ctx, EngineError, Lane, ModelHandle},
+    engine::{EngineError, ModelHandle},
     methods::{
         attribute::{
             Partial, Spent,
@@ -174,9 +174,10 @@ pub struct Effects {
 pub async fn start(
     handle: &ModelHandle,
     sweep: Sweep,
-    (max_rows, lane): (usize, Lane),
-    ctx: &Ctx,
+    max_rows: usize,
+    within: Within<'_>,
 ) -> Result<Started, EngineError> {
+    let Within { lane, ctx, .. } = within;
     let mut prepared = input::prepare(handle, sweep.input.clone(), ctx)
         .await
         .map_err(|e| e.beneath("input"))?;
@@ -228,7 +229,7 @@ pub async fn start(
         edits: Vec::new(),
         sources: sources(&sweep, clean.as_ref()),
     };
-    let resolver = resolver(handle, &intervention, (lane, ctx));
+    let resolver = resolver(handle, &intervention, within);
     let edits = edits(&sweep);
     let places = resolver.places(&edits, &prepared).await;
     let mut swept = Vec::new();
