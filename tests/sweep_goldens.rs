@@ -1,6 +1,8 @@
 //! Sweeps against PyTorch (`tests/fixtures/make/analysis_sweeps.py`, `analysis_paths.py`): activation patching and its estimate at every
 //! kind of hook point, ablations, path patching; and two models whose circuits are known, one set by hand and one trained.
 
+#![allow(clippy::wildcard_enum_match_arm)] // a test names what it expects; anything else is a failure
+
 #[path = "support/arrays.rs"]
 mod arrays;
 #[path = "support/daemon.rs"]

@@ -127,11 +127,14 @@ impl Resolver<'_> {
         let length = row.group.length;
         let mut places = Vec::with_capacity(edits.len());
         for (n, edit) in edits.iter().enumerate() {
-            let found = sites(self.info, edit, &row.tokens, length).map_err(|e| match &e {
-                EngineError::InvalidArgument { field, .. } if field == "hook" => {
+            let found = sites(self.info, edit, &row.tokens, length).map_err(|e| {
+                let hook =
+                    matches!(&e, EngineError::InvalidArgument { field, .. } if field == "hook");
+                if hook {
                     input::at_field(e, &format!("hooks[{n}]"))
+                } else {
+                    e
                 }
-                _ => e,
             });
             places.push(found?);
         }
