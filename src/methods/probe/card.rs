@@ -192,3 +192,26 @@ impl Report {
         merit.unwrap_or(f64::NEG_INFINITY)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn descriptions_that_know_of_no_direction_still_read_and_are_still_written() {
+        let judged = serde_json::to_value(Report::default()).unwrap();
+        assert!(judged.get("direction").is_none(), "{judged}");
+        let read: Report = serde_json::from_value(judged).unwrap();
+        assert_eq!(read, Report::default());
+        let direction = Report {
+            direction: Some(Direction {
+                length: 2.0,
+                separation: None,
+            }),
+            ..Report::default()
+        };
+        let told = serde_json::to_value(&direction).unwrap();
+        let read: Report = serde_json::from_value(told).unwrap();
+        assert_eq!(read, direction);
+    }
+}
