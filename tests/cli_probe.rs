@@ -76,8 +76,27 @@ fn a_probe_goes_from_a_file_to_scores_and_pictures() {
     assert_eq!(told["labels"], serde_json::json!(["no", "yes"]));
     assert_eq!(told["train_examples"], 48);
     assert!(trained.err.contains("stored as first"), "{}", trained.err);
+    let more = [
+        "--codelength",
+        "--learning-curve",
+        "--labels",
+        "yes,no",
+        "--no-control",
+    ];
+    let told = run(&[&["probe", "train", model, "--data", &data][..], &more].concat())
+        .ok()
+        .out;
+    for part in ["BITS", "COMPRESSION", "AFTER EXAMPLES"] {
+        assert!(told.contains(part), "{part}: {told}");
+    }
     let table = run(&["probe", "show", model, "first"]).ok().out;
-    for part in ["HOOK POINT", "SELECTIVITY", "logistic on 48 examples", "*"] {
+    for part in [
+        "HOOK POINT",
+        "SELECTIVITY",
+        "ECE",
+        "logistic on 48 examples",
+        "*",
+    ] {
         assert!(table.contains(part), "{part}: {table}");
     }
     for (name, begins) in [
@@ -114,6 +133,25 @@ fn a_probe_goes_from_a_file_to_scores_and_pictures() {
         page.contains("(all)") && page.contains("PROBABILITY"),
         "{page}"
     );
+
+    // All of a file, a line for each, in its order.
+    let lines = run(&["probe", "score", model, "first", "--data", &data])
+        .ok()
+        .out;
+    let lines: Vec<Value> = lines
+        .lines()
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect();
+    assert_eq!(lines.len(), 60);
+    assert_eq!(lines[59]["id"], "59");
+    assert!(lines[0]["scores"][0]["input"]["label"].is_string());
+    let some = place.file(
+        "some.jsonl",
+        "{\"ids\": [2, 17, 3]}\n{\"ids\": [2, 9999999, 3]}\n",
+    );
+    let told = run(&["probe", "score", model, "first", "--data", &some]).failed(1, "1 of 2 inputs");
+    assert!(told.out.contains("vocabulary"), "{}", told.out);
+    run(&["probe", "score", model, "first"]).failed(2, "<TEXT>");
 
     let both = run(&["probe", "score", model, "first", "the story", "--predict"]).ok();
     assert!(both.out.contains("PREDICTION"), "{}", both.out);

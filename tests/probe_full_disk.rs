@@ -31,6 +31,7 @@ fn card(name: &str) -> Card {
             layer: None,
             classes: None,
             numbers: None,
+            direction: None,
             iterations: 1,
             converged: true,
             chosen_c: None,
@@ -78,7 +79,7 @@ fn a_full_disk_is_said_and_what_was_there_stays() {
     let folder = tempfile::tempdir().unwrap();
     let store = Store::new(folder.path().to_owned(), Arc::default());
     store.put(card("kept"), &weights(100), false).unwrap();
-    let before = store.export("kept").unwrap();
+    let before = store.export("kept", &[]).unwrap();
     let large = weights(LIMIT as usize);
     for (name, replace) in [("kept", true), ("new", false)] {
         let error = store.put(card(name), &large, replace).unwrap_err();
@@ -88,7 +89,7 @@ fn a_full_disk_is_said_and_what_was_there_stays() {
         );
         assert!(error.to_string().contains("could not be stored"), "{error}");
     }
-    assert_eq!(store.export("kept").unwrap(), before);
+    assert_eq!(store.export("kept", &[]).unwrap(), before);
     assert!(matches!(
         store.card("new").unwrap_err(),
         EngineError::NotFound { .. }

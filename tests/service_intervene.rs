@@ -4,6 +4,8 @@
 
 #[path = "support/daemon.rs"]
 mod daemon;
+#[path = "support/sweep.rs"]
+mod sweep_support;
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -12,6 +14,7 @@ use introspectd::service::wire::introspect::{
     self as pb, edit::Operation as Op, intervene_item::Item as Of,
     intervene_response::Item as Message, intervention_service_client::InterventionServiceClient,
 };
+use sweep_support::swept;
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
@@ -722,57 +725,6 @@ async fn bad_edits_name_their_field() {
         .await
         .unwrap();
     d.stop().await;
-}
-
-/// A sweep, complete.
-struct Swept {
-    header: pb::SweepHeader,
-    tensors: BTreeMap<String, Vec<f32>>,
-    shapes: BTreeMap<String, (Vec<String>, Vec<u64>)>,
-    result: pb::SweepResult,
-    summary: pb::Summary,
-}
-
-impl Swept {
-    fn of(&self, what: &str, hook: &str) -> &[f32] {
-        &self.tensors[&format!("{what}:{hook}")]
-    }
-}
-
-async fn swept(d: &TestDaemon, request: pb::SweepRequest) -> Result<Swept, Status> {
-    use pb::sweep_response::Item;
-    let mut client = InterventionServiceClient::new(d.channel().await);
-    let mut stream = client.sweep(request).await?.into_inner();
-    let (mut header, mut result, mut summary) = (None, None, None);
-    let (mut tensors, mut shapes) = (BTreeMap::<String, Vec<f32>>::new(), BTreeMap::new());
-    let (mut messages, mut crc) = (0, 0);
-    while let Some(message) = stream.message().await? {
-        assert!(summary.is_none(), "nothing comes behind the summary");
-        match message.item.unwrap() {
-            Item::Header(h) => header = Some(h),
-            Item::Progress(p) => assert!(p.rows_done <= p.rows_planned),
-            Item::Tensor(t) => {
-                crc = crc32c::crc32c_append(crc, &t.data);
-                let floats = t.data.as_chunks().0.iter();
-                let whole = tensors.entry(t.name.clone()).or_default();
-                whole.extend(floats.map(|b| f32::from_le_bytes(*b)));
-                shapes.insert(t.name, (t.axes, t.shape));
-            }
-            Item::Result(r) => result = Some(r),
-            Item::Summary(s) => {
-                assert_eq!((s.messages, s.crc32c), (messages, crc));
-                summary = Some(s);
-            }
-        }
-        messages += 1;
-    }
-    Ok(Swept {
-        header: header.unwrap(),
-        tensors,
-        shapes,
-        result: result.unwrap(),
-        summary: summary.unwrap(),
-    })
 }
 
 fn chosen(index: u32) -> Option<pb::Target> {

@@ -344,6 +344,7 @@ async fn numbers_tokens_and_every_kind_can_be_read() {
                         span(0, first.len(), "adjective"),
                         span(first.len() + 1, end, "noun"),
                     ],
+                    ..pb::TokenLabels::default()
                 })),
                 ..class(&format!("{first} {second}"), "")
             }
@@ -428,7 +429,11 @@ async fn probes_leave_and_come_as_files_and_as_plain_weights() {
     let of = |name: &str| (MODEL.to_owned(), name.to_owned());
     let (model, name) = of("praise");
     let files = client
-        .export_probe(pb::ExportProbeRequest { model, name })
+        .export_probe(pb::ExportProbeRequest {
+            model,
+            name,
+            hooks: Vec::new(),
+        })
         .await;
     let files = files.unwrap().into_inner().files.unwrap();
     let import = |name: &str, from, replace| pb::ImportProbeRequest {
@@ -474,7 +479,12 @@ async fn probes_leave_and_come_as_files_and_as_plain_weights() {
         force: true,
         ..import("foreign", foreign, false)
     };
-    client.import_probe(forced).await.unwrap();
+    let forced = client.import_probe(forced).await.unwrap().into_inner();
+    let notes = &forced.probe.unwrap().reports[0].notes;
+    assert!(
+        notes.iter().any(|n| n.contains("taken by force")),
+        "{notes:?}"
+    );
 
     // As scikit-learn has them: coef_ and intercept_.
     let mut weight = vec![0.0; 128];
@@ -521,6 +531,20 @@ async fn probes_leave_and_come_as_files_and_as_plain_weights() {
                 ..linear.clone()
             },
             "linear.hooks",
+        ),
+        (
+            pb::LinearProbe {
+                labels: vec!["no".to_owned(), "no".to_owned()],
+                ..linear.clone()
+            },
+            "linear.labels[1]",
+        ),
+        (
+            pb::LinearProbe {
+                labels: vec!["no".to_owned()],
+                ..linear.clone()
+            },
+            "files.tensors",
         ),
         (
             pb::LinearProbe {
@@ -732,6 +756,166 @@ async fn mistakes_are_named_and_nothing_is_stored() {
     d.stop().await;
 }
 
+/// With random weights, what the last token is stands in the first position from the first attention on, and nowhere before.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_planted_is_found_where_it_is_planted_and_random_labels_nowhere() {
+    let d = TestDaemon::with(&["bert.legacy14"]).await;
+    // Draws of a linear congruence: what stands between says nothing of the last.
+    let mut state = 7u64;
+    let mut drawn = |below: u64| {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
+        (state >> 33) % below
+    };
+    let rows: Vec<(Vec<u32>, bool, bool)> = (0..300)
+        .map(|i| {
+            let planted = i % 2 == 0;
+            let mut ids: Vec<u32> = (0..6)
+                .map(|_| 20 + u32::try_from(drawn(3)).unwrap())
+                .collect();
+            ids[0] = 2;
+            ids[5] = if planted { 180 } else { 190 };
+            (ids, planted, drawn(2) == 0)
+        })
+        .collect();
+    let examples = |label: fn(&(Vec<u32>, bool, bool)) -> bool| -> Vec<pb::Example> {
+        let example = |row: &(Vec<u32>, bool, bool)| pb::Example {
+            input: Some(pb::Input {
+                kind: Some(pb::input::Kind::Tokens(pb::TokenIds {
+                    ids: row.0.clone(),
+                    type_ids: Vec::new(),
+                })),
+            }),
+            ..class("", if label(row) { "yes" } else { "no" })
+        };
+        rows.iter().map(example).collect()
+    };
+    let asked = pb::TrainHeader {
+        model: "bert.legacy14".to_owned(),
+        pooling: pb::Pooling::Cls.into(),
+        kind: Some(pb::ProbeKind {
+            kind: Some(pb::probe_kind::Kind::Logistic(pb::Logistic {
+                c: 100.0,
+                ..pb::Logistic::default()
+            })),
+        }),
+        ..header("")
+    };
+    let accuracies = |t: &Trained| -> Vec<f64> {
+        let reports = t.result.probe.as_ref().unwrap().reports.iter();
+        let of = reports.map(|r| r.classes.as_ref().unwrap().accuracy);
+        of.collect()
+    };
+    let planted = train(&d, asked.clone(), examples(|r| r.1)).await.unwrap();
+    let found = accuracies(&planted);
+    assert!(
+        found[0] <= 0.6,
+        "the embedding of [CLS] knows nothing: {found:?}"
+    );
+    assert!(found[1..].iter().all(|a| *a > 0.9), "{found:?}");
+    let random = train(&d, asked, examples(|r| r.2)).await.unwrap();
+    for report in &random.result.probe.as_ref().unwrap().reports {
+        let m = report.classes.as_ref().unwrap();
+        assert!(m.selectivity.unwrap().abs() < 0.25, "{report:?}");
+        assert!(m.accuracy_low < 0.6, "{report:?}");
+    }
+    d.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_of_ids_are_labelled_by_position_and_examples_stay_whole() {
+    let d = TestDaemon::with(&["bert.legacy14"]).await;
+    let example = |i: u32, positions: &[(i32, &str)]| pb::Example {
+        input: Some(pb::Input {
+            kind: Some(pb::input::Kind::Tokens(pb::TokenIds {
+                ids: vec![2, 20 + i % 40, 100 + i % 40, 3],
+                type_ids: Vec::new(),
+            })),
+        }),
+        of: Some(pb::example::Of::Tokens(pb::TokenLabels {
+            positions: positions
+                .iter()
+                .map(|(position, label)| pb::PositionLabel {
+                    position: *position,
+                    label: (*label).to_owned(),
+                })
+                .collect(),
+            ..pb::TokenLabels::default()
+        })),
+        ..class("", "")
+    };
+    let asked = pb::TrainHeader {
+        model: "bert.legacy14".to_owned(),
+        ..header("low-or-high")
+    };
+    let examples = (0..60).map(|i| example(i, &[(1, "low"), (-2, "high")]));
+    let trained = train(&d, asked.clone(), examples.collect()).await.unwrap();
+    let probe = trained.result.probe.unwrap();
+    assert_eq!((probe.train_examples, probe.test_examples), (96, 24));
+    let timings = trained.summary.unwrap().timings.unwrap();
+    assert!(
+        timings.run_seconds > 0.0 && timings.reduce_seconds > 0.0,
+        "{timings:?}"
+    );
+    for (positions, field) in [
+        (
+            &[(4, "low")][..],
+            "examples[0].tokens.positions[0].position",
+        ),
+        (
+            &[(1, "low"), (-3, "high")],
+            "examples[0].tokens.positions[1].position",
+        ),
+        (&[(1, "")], "examples[0].tokens.positions[0].label"),
+    ] {
+        let unnamed = pb::TrainHeader {
+            name: String::new(),
+            ..asked.clone()
+        };
+        let error = train(&d, unnamed, vec![example(0, positions)])
+            .await
+            .unwrap_err();
+        assert_eq!(error.code(), Code::InvalidArgument, "{error}");
+        assert_eq!(field_of(&error), field);
+    }
+
+    // Some of its hook points leave, and come back as a probe.
+    let export = |hooks: &[&str]| pb::ExportProbeRequest {
+        model: "bert.legacy14".to_owned(),
+        name: "low-or-high".to_owned(),
+        hooks: hooks.iter().map(|h| (*h).to_owned()).collect(),
+    };
+    let mut client = client(&d).await;
+    let files = client
+        .export_probe(export(&["hidden_states.1"]))
+        .await
+        .unwrap();
+    let import = pb::ImportProbeRequest {
+        model: "bert.legacy14".to_owned(),
+        name: "one".to_owned(),
+        from: files
+            .into_inner()
+            .files
+            .map(pb::import_probe_request::From::Files),
+        ..pb::ImportProbeRequest::default()
+    };
+    let one = client
+        .import_probe(import)
+        .await
+        .unwrap()
+        .into_inner()
+        .probe
+        .unwrap();
+    assert_eq!(one.reports.len(), 1);
+    assert_eq!(one.best, one.reports[0].hook);
+    let error = client
+        .export_probe(export(&["hidden_states.1", "nothing"]))
+        .await;
+    assert_eq!(field_of(&error.unwrap_err()), "hooks[1]");
+    d.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn broken_files_and_full_disks_cost_nobody_else() {
     let d = demo().await;
@@ -930,5 +1114,15 @@ async fn what_is_not_finite_is_said_and_an_empty_text_is_a_text() {
     });
     let trained = train(&d, asked, examples.collect()).await.unwrap();
     assert!(trained.result.stored);
+    let scored = |value: f32| pb::ScoreRequest {
+        model: "vit.legacy14".to_owned(),
+        of: picture(value, "").input.map(pb::score_request::Of::Input),
+        ..scoring("pictures", "")
+    };
+    let says = score(&d, scored(1.2)).await.unwrap();
+    assert_eq!(says.scores[0].input.as_ref().unwrap().label, "light");
+    let error = score(&d, scored(f32::NAN)).await.unwrap_err();
+    assert_eq!(error.code(), Code::FailedPrecondition, "{error}");
+    assert!(error.message().contains("not finite"), "{error}");
     d.stop().await;
 }

@@ -11,6 +11,7 @@ mod arrays;
 mod assemble;
 mod attribute;
 mod capture;
+mod circuit;
 mod client;
 mod demo;
 mod doctor;
@@ -104,6 +105,9 @@ enum Command {
     /// Change every head, layer, position or neuron by itself, and see which ones matter
     #[command(after_help = sweep::EXAMPLES)]
     Sweep(Box<sweep::SweepArgs>),
+    /// Find the edges between the parts of a model that carry a behaviour
+    #[command(after_help = circuit::EXAMPLES)]
+    Circuit(Box<circuit::CircuitArgs>),
     /// Measure what attention heads attend to, and find those of a kind
     #[command(after_help = heads::EXAMPLES)]
     Heads(Box<heads::HeadsArgs>),
@@ -158,6 +162,7 @@ async fn run(command: &Command) -> Result<(), CliError> {
         Command::Intervene(args) => intervene::run(args).await,
         Command::Steer(args) => steer::run(args).await,
         Command::Sweep(args) => sweep::run(args).await,
+        Command::Circuit(args) => circuit::run(args).await,
         Command::Heads(args) => heads::run(args).await,
         Command::Neurons(args) => neurons::run(args).await,
         Command::Lens(args) => lens::run(args).await,

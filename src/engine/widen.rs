@@ -10,7 +10,8 @@
 //!   gets them all; the inside kinds (q, k, v, z, scores, pre, post) join only when asked, because showing them may undo fusions;
 //! - with early exit (`keep_outputs` false) only layers up to the deepest one asked for are shown, so that the
 //!   rest of the graph is still pruned;
-//! - `value:NAME` is exposed as asked.
+//! - `value:NAME` is exposed as asked;
+//! - a run that begins at a hook point shows what was asked: the same point of an earlier layer may stand before where it begins.
 
 use std::collections::BTreeSet;
 
@@ -30,7 +31,7 @@ const COMMON: [&str; 5] = [
 
 /// The variant that a request for `spec` runs on: shows everything that `spec` does.
 pub fn widen(spec: &VariantSpec, info: &ModelInfo) -> VariantSpec {
-    if spec.plan == Plan::Plain || spec.expose.is_empty() {
+    if spec.plan == Plan::Plain || spec.expose.is_empty() || !spec.enter.is_empty() {
         return spec.clone();
     }
     let asked: Vec<&HookInfo> = info
@@ -146,6 +147,11 @@ mod tests {
         assert_eq!(widen(&plain, &info), plain);
         let value = spec(&["value:/encoder/Add_output_0"], true);
         assert_eq!(widen(&value, &info), value);
+        let late = VariantSpec {
+            enter: ["blocks.1.hook_resid_pre".to_owned()].into(),
+            ..spec(&["blocks.1.attn.hook_z"], false)
+        };
+        assert_eq!(widen(&late, &info), late);
     }
 
     #[test]

@@ -77,6 +77,22 @@ pub async fn prepare(
     input: Input,
     ctx: &Ctx,
 ) -> Result<Prepared, EngineError> {
+    let mut prepared = unspelled(handle, input, ctx).await?;
+    let begun = Instant::now();
+    spell(handle, &mut prepared, ctx).await?;
+    prepared.tokenize += begun.elapsed();
+    Ok(prepared)
+}
+
+/// The same, but that tokens of ids and tensors have no text yet: nothing that runs waits for it. [`spell`] asks for it.
+///
+/// # Errors
+/// As [`prepare`].
+pub async fn unspelled(
+    handle: &ModelHandle,
+    input: Input,
+    ctx: &Ctx,
+) -> Result<Prepared, EngineError> {
     let begun = Instant::now();
     let mut prepared = match input {
         Input::Text { text, options } => {
@@ -98,7 +114,7 @@ pub async fn prepare(
             check_ids(handle.info(), &ids, &type_ids)?;
             Prepared {
                 group: row(handle.info(), &ids, &type_ids)?,
-                tokens: spelled(handle, ids, &type_ids, ctx).await?,
+                tokens: of_ids(handle.info(), ids, &type_ids),
                 ..Prepared::default()
             }
         }
@@ -106,7 +122,7 @@ pub async fn prepare(
             let group = one_row(handle.info(), inputs)?;
             let ids = ids_of(handle.info(), &group).unwrap_or_default();
             Prepared {
-                tokens: spelled(handle, ids, &[], ctx).await?,
+                tokens: of_ids(handle.info(), ids, &[]),
                 group,
                 ..Prepared::default()
             }
@@ -353,35 +369,40 @@ fn ids_of(info: &ModelInfo, group: &RowGroup) -> Option<Vec<u32>> {
     }
 }
 
-/// Tokens by their ids, spelled if the model has a vocabulary.
-async fn spelled(
-    handle: &ModelHandle,
-    ids: Vec<u32>,
-    type_ids: &[u32],
-    ctx: &Ctx,
-) -> Result<Vec<Token>, EngineError> {
-    let texts = match &handle.info().tokenizer {
-        Some(_) if !ids.is_empty() => handle.decode(ids.clone(), ctx).await?,
-        Some(_) | None => Vec::new(),
-    };
-    let special = handle
-        .info()
-        .tokenizer
-        .as_ref()
-        .map(|t| &t.special_ids[..])
-        .unwrap_or_default();
-    let mut texts = texts.into_iter();
-    Ok(ids
-        .into_iter()
+/// Tokens by their ids, without text.
+fn of_ids(info: &ModelInfo, ids: Vec<u32>, type_ids: &[u32]) -> Vec<Token> {
+    let special = info.tokenizer.as_ref().map(|t| &t.special_ids[..]);
+    let special = special.unwrap_or_default();
+    ids.into_iter()
         .enumerate()
         .map(|(at, id)| Token {
             id,
-            text: texts.next().unwrap_or_default(),
             special: special.contains(&id),
             type_id: type_ids.get(at).copied().unwrap_or_default(),
             ..Token::default()
         })
-        .collect())
+        .collect()
+}
+
+/// Gives the tokens that have none their text, if the model has a vocabulary.
+///
+/// # Errors
+/// Those of the worker.
+pub async fn spell(
+    handle: &ModelHandle,
+    prepared: &mut Prepared,
+    ctx: &Ctx,
+) -> Result<(), EngineError> {
+    let spelled = prepared.tokens.iter().any(|t| !t.text.is_empty());
+    if spelled || prepared.tokens.is_empty() || handle.info().tokenizer.is_none() {
+        return Ok(());
+    }
+    let ids = prepared.tokens.iter().map(|t| t.id).collect();
+    let texts = handle.decode(ids, ctx).await?;
+    for (token, text) in prepared.tokens.iter_mut().zip(texts) {
+        token.text = text;
+    }
+    Ok(())
 }
 
 fn names(inputs: &[InputInfo]) -> String {

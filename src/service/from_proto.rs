@@ -184,6 +184,7 @@ fn selection(s: pb::Selection) -> Result<Selection> {
         positions: s.positions,
         top_k,
         sparse_attention,
+        spelled: true,
     })
 }
 

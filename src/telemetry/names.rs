@@ -38,6 +38,10 @@ pub const VARIANT_BUILDS: &str = "introspectd_variant_builds_total";
 pub const MODEL_READY: &str = "introspectd_model_ready";
 /// Counter, `model`: workers that were started in place of one that died.
 pub const WORKER_RESTARTS: &str = "introspectd_worker_restarts_total";
+/// Counter, `model`: labelled examples that trainings of probes ran.
+pub const PROBE_EXAMPLES: &str = "introspectd_probe_examples_total";
+/// Counter, `model`: bytes that trainings of probes put into temporary files, because memory did not hold them.
+pub const PROBE_SPILLED_BYTES: &str = "introspectd_probe_spilled_bytes_total";
 /// Gauge, `version`, `runtime`: always 1.
 pub const BUILD_INFO: &str = "introspectd_build_info";
 
@@ -230,6 +234,20 @@ pub const ALL: &[Metric] = &[
         Unit::Count,
         &["model"],
         "Workers that were started in place of one that died.",
+    ),
+    metric(
+        PROBE_EXAMPLES,
+        Kind::Counter,
+        Unit::Count,
+        &["model"],
+        "Labelled examples that trainings of probes ran.",
+    ),
+    metric(
+        PROBE_SPILLED_BYTES,
+        Kind::Counter,
+        Unit::Bytes,
+        &["model"],
+        "Bytes that trainings of probes put into temporary files, because memory did not hold them.",
     ),
     metric(
         BUILD_INFO,

@@ -13,7 +13,10 @@ const CONTROL: [u8; 3] = [214, 96, 77];
 const WIDTH: usize = 640;
 const HEIGHT: usize = 320;
 const LEFT: usize = 60;
+/// Below the curve: a line of names, or as much as names take that run down.
 const BOTTOM: usize = 40;
+/// Longest name that runs down, in characters.
+const DOWN: usize = 32;
 
 /// One layer.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -52,6 +55,12 @@ impl Curve {
         (all.fold(1.0f64, f64::min) * 10.0).floor().max(0.0) / 10.0
     }
 
+    /// Characters of the longest name.
+    fn longest(&self) -> usize {
+        let names = self.points.iter().map(|p| p.label.chars().count());
+        names.max().unwrap_or(0)
+    }
+
     /// From 0 to 1 on the scale.
     fn height(&self, value: f64) -> f64 {
         let least = self.least().min(0.9);
@@ -72,7 +81,14 @@ fn canvas(curve: &Curve) -> Result<Canvas, PictureError> {
         return Err(PictureError::Empty);
     }
     let top = 2 * CHAR_HEIGHT + 16;
-    let mut canvas = Canvas::new(LEFT + WIDTH + 20, top + HEIGHT + BOTTOM);
+    let step = WIDTH / curve.points.len();
+    let longest = curve.longest();
+    let (names, bottom) = if longest * CHAR_WIDTH <= step {
+        (Direction::Across, BOTTOM)
+    } else {
+        (Direction::Down, longest.min(DOWN) * CHAR_WIDTH + 24)
+    };
+    let mut canvas = Canvas::new(LEFT + WIDTH + 20, top + HEIGHT + bottom);
     canvas.text(8, 6, &curve.title, Direction::Across, INK);
     let legend = format!(
         "{} (blue), control task (red), chance (grey)",
@@ -81,7 +97,6 @@ fn canvas(curve: &Curve) -> Result<Canvas, PictureError> {
     canvas.text(8, 8 + CHAR_HEIGHT, &legend, Direction::Across, FAINT);
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // within the picture
     let y = |value: f64| top + ((1.0 - curve.height(value)) * HEIGHT as f64) as usize;
-    let step = WIDTH / curve.points.len();
     let x = |at: usize| LEFT + at * step + step / 2;
     for tenth in 0..=10u8 {
         let value = f64::from(tenth) / 10.0;
@@ -128,9 +143,16 @@ fn canvas(curve: &Curve) -> Result<Canvas, PictureError> {
         if let Some(control) = point.control {
             canvas.fill(x(at) - 2, y(control).saturating_sub(2), 5, 5, CONTROL);
         }
-        let label = super::label(&point.label, (step / CHAR_WIDTH).max(2));
-        let left = x(at).saturating_sub(label.chars().count() * CHAR_WIDTH / 2);
-        canvas.text(left, top + HEIGHT + 8, &label, Direction::Across, INK);
+        let label = super::label(&point.label, DOWN);
+        let wide = match names {
+            Direction::Across => label.chars().count() * CHAR_WIDTH,
+            Direction::Down => CHAR_HEIGHT,
+        };
+        // Names that run down and stand closer than they are wide are told for as many points as there is room for.
+        if step >= wide || at.is_multiple_of(wide.div_ceil(step.max(1))) {
+            let left = x(at).saturating_sub(wide / 2);
+            canvas.text(left, top + HEIGHT + 8, &label, names, INK);
+        }
     }
     Ok(canvas)
 }
@@ -153,6 +175,10 @@ fn line(canvas: &mut Canvas, from: (usize, usize), to: (usize, usize), colour: [
 /// A page that stands alone: the curve drawn as vectors, the numbers in a table.
 pub fn html(curve: &Curve) -> String {
     let n = curve.points.len().max(1) as f64;
+    // In the page's letters, which are about as wide as those of the picture.
+    let across = curve.longest() * CHAR_WIDTH;
+    let down = across > WIDTH / curve.points.len().max(1);
+    let room = if down { across } else { 20 };
     let x = |at: usize| LEFT as f64 + (at as f64 + 0.5) * WIDTH as f64 / n;
     let y = |value: f64| 20.0 + (1.0 - curve.height(value)) * HEIGHT as f64;
     let path = |values: Vec<(usize, f64)>, colour: &str| {
@@ -214,18 +240,27 @@ pub fn html(curve: &Curve) -> String {
     drawing.push_str(&path(values.collect(), "#1f77b4"));
     for (at, point) in curve.points.iter().enumerate() {
         drawing.push_str(&format!(
-            "<circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"4\" fill=\"#1f77b4\"><title>{}: {:.3}</title></circle><text x=\"{0:.1}\" y=\"{4}\" text-anchor=\"middle\">{2}</text>",
+            "<circle cx=\"{:.1}\" cy=\"{:.1}\" r=\"4\" fill=\"#1f77b4\"><title>{}: {:.3}</title></circle><text x=\"{0:.1}\" y=\"{4}\" {turn}>{2}</text>",
             x(at),
             y(point.value),
             escaped(&point.label),
             point.value,
-            HEIGHT + 45
+            HEIGHT + 45,
+            turn = if down {
+                format!(
+                    "text-anchor=\"start\" transform=\"rotate(45 {:.1} {})\"",
+                    x(at),
+                    HEIGHT + 45
+                )
+            } else {
+                "text-anchor=\"middle\"".to_owned()
+            },
         ));
     }
     format!(
         "<!doctype html>\n<html lang=\"en\"><meta charset=\"utf-8\"><title>{title}</title>\n<style>body{{font:14px system-ui;margin:2em}}td,th{{padding:2px 12px;text-align:right}}td:first-child{{text-align:left}}svg text{{font:11px system-ui;fill:#555}}</style>\n<h1>{title}</h1>\n<p>{measure} <b style=\"color:#1f77b4\">of the probe</b> with its 95 % interval, <b style=\"color:#d6604d\">on the control task</b>, and by chance (dashed).</p>\n<svg width=\"{}\" height=\"{}\">{drawing}</svg>\n<table><tr><th>hook point</th><th>{measure}</th><th>interval</th><th>control</th></tr>{rows}</table>\n</html>\n",
-        LEFT + WIDTH + 20,
-        HEIGHT + 60,
+        LEFT + WIDTH + room,
+        HEIGHT + 40 + room,
         title = escaped(&curve.title),
         measure = escaped(&curve.measure),
     )
@@ -269,6 +304,30 @@ mod tests {
         let blue = (0..drawn.height).filter(|y| drawn.pixel(LEFT + WIDTH / 2, *y) == Some(CURVE));
         assert!(blue.count() > 0, "the curve passes the middle");
         assert!(png(&Curve::default()).is_err());
+    }
+
+    /// Where there is ink beneath the curve.
+    fn ink_below(curve: &Curve) -> usize {
+        let drawn = canvas(curve).unwrap();
+        let top = 2 * CHAR_HEIGHT + 16 + HEIGHT + 2;
+        let below = (top..drawn.height).flat_map(|y| (0..drawn.width).map(move |x| (x, y)));
+        below
+            .filter(|(x, y)| drawn.pixel(*x, *y) == Some(INK))
+            .count()
+    }
+
+    #[test]
+    fn names_that_do_not_fit_run_down_and_are_whole() {
+        let mut few = curve();
+        few.points
+            .iter_mut()
+            .for_each(|p| p.label = "1 normalized_resid_post".into());
+        let mut many = few.clone();
+        many.points = (0..12).map(|_| few.points[0].clone()).collect();
+        // The same letters, four times as often: none is cut.
+        assert_eq!(ink_below(&many), 4 * ink_below(&few));
+        assert!(canvas(&many).unwrap().height > canvas(&few).unwrap().height);
+        assert!(html(&many).contains("rotate(45") && !html(&few).contains("rotate(45"));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Labelled examples from a file: `.tsv` and `.csv` with a heading, `.jsonl` with an object on each line.
+//! Labelled examples from a file, or inputs to score: `.tsv` and `.csv` with a heading, `.jsonl` with an object on each line.
 
 use std::{fs::File, io::BufRead as _, io::BufReader, path::Path};
 
@@ -22,14 +22,39 @@ pub(in crate::cli) struct Columns {
 
 /// Reads all examples of a file.
 pub(in crate::cli) fn read(path: &Path, columns: &Columns) -> Result<Vec<pb::Example>, CliError> {
+    let from = |file, delimiter| match delimiter {
+        Some(delimiter) => table(file, delimiter, columns),
+        None => lines(file, |line| object(line, columns)),
+    };
+    opened(path, "examples", from)
+}
+
+/// Reads all inputs of a file, whatever they are labelled by.
+pub(super) fn inputs(path: &Path, text: &str) -> Result<Vec<pb::Input>, CliError> {
+    let from = |file, delimiter| match delimiter {
+        Some(delimiter) => texts(file, delimiter, text),
+        None => lines(file, |line| {
+            let object: Value = serde_json::from_str(line).map_err(|e| e.to_string())?;
+            input(&object, text)
+        }),
+    };
+    opened(path, "inputs", from)
+}
+
+/// Reads a file by its ending, which says by what columns are parted, where there are columns.
+fn opened<T>(
+    path: &Path,
+    what: &str,
+    from: impl FnOnce(File, Option<u8>) -> Result<Vec<T>, String>,
+) -> Result<Vec<T>, CliError> {
     let file = File::open(path)
         .map_err(|e| CliError::new(format!("cannot read \"{}\": {e}", path.display())))?;
     let named = |e: String| CliError::new(format!("\"{}\": {e}", path.display()));
     let ending = path.extension().and_then(|e| e.to_str());
-    let examples = match ending {
-        Some("tsv") => table(file, b'\t', columns),
-        Some("csv") => table(file, b',', columns),
-        Some("jsonl") => lines(file, columns),
+    let delimiter = match ending {
+        Some("tsv") => Some(b'\t'),
+        Some("csv") => Some(b','),
+        Some("jsonl") => None,
         Some(_) | None => {
             return Err(CliError::Usage(format!(
                 "\"{}\" ends in none of .tsv, .csv and .jsonl",
@@ -37,11 +62,11 @@ pub(in crate::cli) fn read(path: &Path, columns: &Columns) -> Result<Vec<pb::Exa
             )));
         }
     };
-    let examples = examples.map_err(named)?;
-    if examples.is_empty() {
-        return Err(named("there are no examples in it".to_owned()));
+    let found = from(file, delimiter).map_err(named)?;
+    if found.is_empty() {
+        return Err(named(format!("there are no {what} in it")));
     }
-    Ok(examples)
+    Ok(found)
 }
 
 /// Examples of a table. Tabs stand for themselves: quotes mean nothing in a `.tsv`.
@@ -50,24 +75,11 @@ pub(in crate::cli) fn table(
     delimiter: u8,
     columns: &Columns,
 ) -> Result<Vec<pb::Example>, String> {
-    let mut reader = csv::ReaderBuilder::new()
-        .delimiter(delimiter)
-        .quoting(delimiter != b'\t')
-        .from_reader(from);
+    let mut reader = reader(from, delimiter);
     let heading = reader.headers().map_err(|e| e.to_string())?.clone();
-    let column = |name: &str| heading.iter().position(|h| h.trim() == name);
-    let need = |name: &str, option: &str| {
-        column(name).ok_or_else(|| {
-            let has: Vec<&str> = heading.iter().collect();
-            format!(
-                "there is no column \"{name}\" among {}: name it with {option}",
-                has.join(", ")
-            )
-        })
-    };
-    let text = need(&columns.text, "--text-column")?;
-    let label = need(&columns.label, "--label-column")?;
-    let part = column(&columns.part);
+    let text = need(&heading, &columns.text, "--text-column")?;
+    let label = need(&heading, &columns.label, "--label-column")?;
+    let part = column(&heading, &columns.part);
     reader
         .records()
         .enumerate()
@@ -80,30 +92,72 @@ pub(in crate::cli) fn table(
                 Of::Label(cell(label).trim().to_owned())
             };
             let part = part_of(part.map(cell)).map_err(|e| format!("line {}: {e}", at + 2))?;
-            Ok(example(cell(text), label, part))
+            Ok(example(of_text(cell(text)), label, part))
         })
         .collect()
 }
 
-fn lines(file: File, columns: &Columns) -> Result<Vec<pb::Example>, String> {
+fn texts(from: impl std::io::Read, delimiter: u8, text: &str) -> Result<Vec<pb::Input>, String> {
+    let mut reader = reader(from, delimiter);
+    let heading = reader.headers().map_err(|e| e.to_string())?.clone();
+    let text = need(&heading, text, "--text-column")?;
+    let records = reader.records();
+    records
+        .map(|record| {
+            let record = record.map_err(|e| e.to_string())?;
+            Ok(of_text(record.get(text).unwrap_or_default()))
+        })
+        .collect()
+}
+
+fn reader<R: std::io::Read>(from: R, delimiter: u8) -> csv::Reader<R> {
+    csv::ReaderBuilder::new()
+        .delimiter(delimiter)
+        .quoting(delimiter != b'\t')
+        .from_reader(from)
+}
+
+fn column(heading: &csv::StringRecord, name: &str) -> Option<usize> {
+    heading.iter().position(|h| h.trim() == name)
+}
+
+fn need(heading: &csv::StringRecord, name: &str, option: &str) -> Result<usize, String> {
+    column(heading, name).ok_or_else(|| {
+        let has: Vec<&str> = heading.iter().collect();
+        format!(
+            "there is no column \"{name}\" among {}: name it with {option}",
+            has.join(", ")
+        )
+    })
+}
+
+fn lines<T>(file: File, each: impl Fn(&str) -> Result<T, String>) -> Result<Vec<T>, String> {
     let lines = BufReader::new(file).lines().enumerate();
     lines
         .filter(|(_, line)| !matches!(line, Ok(line) if line.trim().is_empty()))
         .map(|(at, line)| {
             let line = line.map_err(|e| e.to_string())?;
-            object(&line, columns).map_err(|e| format!("line {}: {e}", at + 1))
+            each(&line).map_err(|e| format!("line {}: {e}", at + 1))
         })
         .collect()
 }
 
 fn object(line: &str, columns: &Columns) -> Result<pb::Example, String> {
     let object: Value = serde_json::from_str(line).map_err(|e| e.to_string())?;
-    let text = object[&columns.text].as_str();
-    let text = text.ok_or_else(|| format!("\"{}\" is no text", columns.text))?;
-    let of = match (&object[&columns.label], &object["spans"]) {
-        (_, Value::Array(spans)) => Of::Tokens(pb::TokenLabels {
+    let input = input(&object, &columns.text)?;
+    let tokens = match (&object["spans"], &object["positions"]) {
+        (Value::Array(spans), _) => Some(pb::TokenLabels {
             spans: spans.iter().map(span).collect::<Result<_, _>>()?,
+            ..pb::TokenLabels::default()
         }),
+        (_, Value::Array(positions)) => Some(pb::TokenLabels {
+            positions: positions.iter().map(position).collect::<Result<_, _>>()?,
+            ..pb::TokenLabels::default()
+        }),
+        _ => None,
+    };
+    let of = match (&object[&columns.label], tokens) {
+        (_, Some(tokens)) => Of::Tokens(tokens),
         (Value::String(label), _) if columns.numbers => Of::Number(number(label)?),
         (Value::String(label), _) => Of::Label(label.clone()),
         (Value::Number(n), _) if columns.numbers => Of::Number(n.as_f64().unwrap_or(f64::NAN)),
@@ -112,13 +166,55 @@ fn object(line: &str, columns: &Columns) -> Result<pb::Example, String> {
         }
         _ => {
             return Err(format!(
-                "\"{}\" is no label, and there are no \"spans\" of start, end and label",
+                "\"{}\" is no label, and there are no \"spans\" of start, end and label, and no \"positions\" of position and label",
                 columns.label
             ));
         }
     };
     let part = part_of(object[&columns.part].as_str())?;
-    Ok(example(text, of, part))
+    Ok(example(input, of, part))
+}
+
+/// A text, or "ids" of tokens.
+fn input(object: &Value, text: &str) -> Result<pb::Input, String> {
+    if let Value::Array(ids) = &object["ids"] {
+        let id = |id: &Value| id.as_u64().and_then(|id| u32::try_from(id).ok());
+        let ids: Option<Vec<u32>> = ids.iter().map(id).collect();
+        return Ok(pb::Input {
+            kind: Some(pb::input::Kind::Tokens(pb::TokenIds {
+                ids: ids.ok_or("\"ids\" are not all ids of tokens")?,
+                ..pb::TokenIds::default()
+            })),
+        });
+    }
+    let found = object[text].as_str();
+    found
+        .map(of_text)
+        .ok_or_else(|| format!("\"{text}\" is no text, and there are no \"ids\""))
+}
+
+fn of_text(text: &str) -> pb::Input {
+    pb::Input {
+        kind: Some(pb::input::Kind::Text(pb::Text {
+            text: text.to_owned(),
+            truncate: true,
+            ..pb::Text::default()
+        })),
+    }
+}
+
+fn position(labelled: &Value) -> Result<pb::PositionLabel, String> {
+    let at = labelled["position"].as_i64();
+    match (
+        at.and_then(|n| i32::try_from(n).ok()),
+        labelled["label"].as_str(),
+    ) {
+        (Some(position), Some(label)) => Ok(pb::PositionLabel {
+            position,
+            label: label.to_owned(),
+        }),
+        _ => Err(format!("{labelled} is no position with its label")),
+    }
 }
 
 fn span(span: &Value) -> Result<pb::SpanLabel, String> {
@@ -133,15 +229,9 @@ fn span(span: &Value) -> Result<pb::SpanLabel, String> {
     }
 }
 
-fn example(text: &str, of: Of, part: pb::Part) -> pb::Example {
+fn example(input: pb::Input, of: Of, part: pb::Part) -> pb::Example {
     pb::Example {
-        input: Some(pb::Input {
-            kind: Some(pb::input::Kind::Text(pb::Text {
-                text: text.to_owned(),
-                truncate: true,
-                ..pb::Text::default()
-            })),
-        }),
+        input: Some(input),
         of: Some(of),
         part: part.into(),
     }
@@ -200,6 +290,10 @@ mod tests {
         let line = "{\"text\": \"ab\", \"spans\": [{\"start\": 0, \"end\": 2, \"label\": \"x\"}]}";
         let found = object(line, &columns(false)).unwrap();
         assert!(matches!(found.of, Some(Of::Tokens(t)) if t.spans.len() == 1));
+        let line = "{\"ids\": [2, 7], \"positions\": [{\"position\": -1, \"label\": \"x\"}]}";
+        let found = object(line, &columns(false)).unwrap();
+        assert!(matches!(found.of, Some(Of::Tokens(t)) if t.positions[0].position == -1));
+        assert!(object("{\"ids\": [-2], \"label\": \"x\"}", &columns(false)).is_err());
         assert!(object("{\"text\": \"a\"}", &columns(false)).is_err());
         assert!(object("{\"label\": \"a\"}", &columns(false)).is_err());
     }

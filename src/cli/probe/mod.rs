@@ -1,5 +1,6 @@
 //! `probe`: probes are trained from a file, shown, scored, and moved about.
 
+mod bulk;
 pub(super) mod data;
 pub(super) mod directions;
 mod linear;
@@ -32,8 +33,11 @@ Examples:
     introspectd probe train bert --data reviews.tsv --kind mlp --hooks 'blocks.*.hook_resid_post' --pooling cls
   Labels of words: lines like {\"text\": \"a dog\", \"spans\": [{\"start\": 2, \"end\": 5, \"label\": \"noun\"}]}
     introspectd probe train bert --data words.jsonl --name words
-  What does it say of a text, and of each token?
+  Labels of tokens by their positions, of ids: lines like {\"ids\": [2, 17, 3], \"positions\": [{\"position\": 1, \"label\": \"noun\"}]}
+    introspectd probe train bert --data ids.jsonl --name words --replace
+  What does it say of a text, and of each token? Of all texts of a file, a line of JSON for each?
     introspectd probe score bert sentiment \"Not bad at all.\" --per-token
+    introspectd probe score bert sentiment --data reviews.tsv
   And which words make it say so? (more under `attribute`)
     introspectd attribute bert \"Not bad at all.\" --probe sentiment
   Those that there are; to another daemon and back:
@@ -90,6 +94,14 @@ struct TrainArgs {
     /// Labels are numbers
     #[arg(long)]
     numbers: bool,
+    /// Names of the classes in the order of their scores; all that the file has, sorted, unless said
+    #[arg(
+        long,
+        value_name = "LABEL,...",
+        value_delimiter = ',',
+        conflicts_with = "numbers"
+    )]
+    labels: Vec<String>,
     /// Store the probes under this name
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
@@ -126,7 +138,7 @@ struct TrainArgs {
     /// Online codelength, too
     #[arg(long)]
     codelength: bool,
-    /// Accuracy by number of examples, too (in the JSON)
+    /// Accuracy, or R squared, by number of examples, too
     #[arg(long)]
     learning_curve: bool,
     /// Where draws begin
@@ -167,7 +179,14 @@ struct ScoreArgs {
     /// Names of probes, separated by commas; NAME@HOOK for another hook point than the best
     probes: String,
     /// The text
-    text: String,
+    #[arg(required_unless_present = "data")]
+    text: Option<String>,
+    /// Score all inputs of a file in the place of one text: .tsv or .csv with a heading, or .jsonl; a line of JSON for each
+    #[arg(long, value_name = "FILE", conflicts_with = "text")]
+    data: Option<PathBuf>,
+    /// Column (or key) of the text, in a file
+    #[arg(long, value_name = "NAME", default_value = "text")]
+    text_column: String,
     /// Scores of each token, too
     #[arg(long)]
     per_token: bool,
@@ -244,6 +263,7 @@ async fn train(args: &TrainArgs) -> Result<(), CliError> {
         }
         .into(),
         kind: Some(kind),
+        labels: args.labels.clone(),
         seed: args.seed,
         test_fraction: args.test,
         skip_control: args.no_control,
@@ -375,19 +395,28 @@ async fn score(args: &ScoreArgs) -> Result<(), CliError> {
         force: args.force,
         ..reference(named)
     });
+    let of = args.text.as_ref().map(|text| {
+        let text = pb::Text {
+            text: text.clone(),
+            ..pb::Text::default()
+        };
+        pb::score_request::Of::Input(pb::Input {
+            kind: Some(pb::input::Kind::Text(text)),
+        })
+    });
     let request = pb::ScoreRequest {
         model,
         probes: probes.collect(),
-        of: Some(pb::score_request::Of::Input(pb::Input {
-            kind: Some(pb::input::Kind::Text(pb::Text {
-                text: args.text.clone(),
-                ..pb::Text::default()
-            })),
-        })),
+        of,
         per_token: args.per_token,
         predict: args.predict,
         intervention: None,
     };
+    if let Some(path) = &args.data {
+        let scored = bulk::score(&session, request, path, &args.text_column).await;
+        session.close().await;
+        return scored;
+    }
     let answer = session.probes().score(request).await;
     session.close().await;
     let answer = answer?.into_inner();

@@ -20,29 +20,42 @@ pub(in crate::cli) fn layers(probe: &pb::Probe) -> String {
         return directions::layers(probe);
     }
     let numbers = probe.labels.is_empty();
+    let number = |v: Option<f64>| v.map_or(String::new(), |v| format!("{v:.3}"));
+    let coded = probe.reports.iter().filter_map(|r| r.classes.as_ref());
+    let coded = coded.clone().any(|m| m.codelength_bits.is_some());
     let rows = probe.reports.iter().map(|report| {
         let point = point(report);
         let best = if report.hook == probe.best { "*" } else { "" };
-        let number = |v: Option<f64>| v.map_or(String::new(), |v| format!("{v:.3}"));
         let (more, selectivity) = match (&report.classes, &report.numbers) {
             (Some(m), _) => (number(m.auc.or(Some(m.macro_f1))), number(m.selectivity)),
             (None, Some(m)) => (number(Some(m.spearman)), number(m.selectivity)),
             (None, None) => (String::new(), String::new()),
         };
-        let interval = point
-            .interval
-            .map_or(String::new(), |(low, high)| format!("{low:.3}-{high:.3}"));
+        let interval = point.interval.map_or(String::new(), |(low, high)| {
+            format!("{low:.3} to {high:.3}")
+        });
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // 0 to BAR
         let length = (point.value.clamp(0.0, 1.0) * BAR).round() as usize;
-        vec![
+        let mut row = vec![
             format!("{}{best}", report.hook),
-            format!("{:.3}", point.value),
+            number(Some(point.value)),
             interval,
             more,
             number(point.control),
             selectivity,
-            "█".repeat(length),
-        ]
+        ];
+        if let Some(m) = &report.classes {
+            row.push(number(m.calibration_error));
+            if coded {
+                row.push(
+                    m.codelength_bits
+                        .map_or(String::new(), |b| format!("{b:.0}")),
+                );
+                row.push(number(m.compression));
+            }
+        }
+        row.push("█".repeat(length));
+        row
     });
     let two = probe.labels.len() == 2;
     let measure = if numbers { "R2" } else { "accuracy" };
@@ -51,15 +64,21 @@ pub(in crate::cli) fn layers(probe: &pb::Probe) -> String {
         (false, true) => "AUC",
         (false, false) => "macro F1",
     };
-    let heading = [
+    let mut heading = vec![
         "hook point",
         measure,
         "95 %",
         more,
         "control",
         "selectivity",
-        "",
     ];
+    if !numbers {
+        heading.push("ECE");
+        if coded {
+            heading.extend(["bits", "compression"]);
+        }
+    }
+    heading.push("");
     let mut text = out::table(&heading, rows);
     let chance = chance(probe).map_or(String::new(), |c| {
         format!(", {c:.3} by the commonest class")
@@ -68,6 +87,10 @@ pub(in crate::cli) fn layers(probe: &pb::Probe) -> String {
         "  {} on {} examples, judged by {}{chance}; * is scored unless another is named\n",
         probe.kind, probe.train_examples, probe.test_examples
     ));
+    if let Some(learning) = learning(probe) {
+        text.push('\n');
+        text.push_str(&learning);
+    }
     for report in &probe.reports {
         for note in &report.notes {
             text.push_str(&format!("  {}: {}\n", report.hook, out::clean(note)));
@@ -93,7 +116,7 @@ fn point(report: &pb::ProbeReport) -> Point {
         (None, Some(m)) => Point {
             label,
             value: m.r_squared,
-            interval: None,
+            interval: Some((m.r_squared_low, m.r_squared_high)),
             control: m.control_r_squared,
         },
         (None, None) => Point {
@@ -112,6 +135,40 @@ fn short(hook: &str) -> String {
         Some((layer, name)) => format!("{layer} {}", name.replace("hook_", "")),
         None => hook.replace("hook_", ""),
     }
+}
+
+/// The learning curve of each hook point, where there is one: a column for each number of examples.
+fn learning(probe: &pb::Probe) -> Option<String> {
+    let curve = |report: &pb::ProbeReport| -> Vec<pb::CurvePoint> {
+        match (&report.classes, &report.numbers) {
+            (Some(m), _) => m.learning_curve.clone(),
+            (None, Some(m)) => m.learning_curve.clone(),
+            (None, None) => Vec::new(),
+        }
+    };
+    let sizes: std::collections::BTreeSet<u64> = probe
+        .reports
+        .iter()
+        .flat_map(|r| curve(r).into_iter().map(|p| p.examples))
+        .collect();
+    if sizes.is_empty() {
+        return None;
+    }
+    let heading: Vec<String> = std::iter::once("after examples".to_owned())
+        .chain(sizes.iter().map(u64::to_string))
+        .collect();
+    let heading: Vec<&str> = heading.iter().map(String::as_str).collect();
+    let rows = probe.reports.iter().map(|report| {
+        let points = curve(report);
+        let at = |size: &u64| {
+            let point = points.iter().find(|p| p.examples == *size);
+            point.map_or(String::new(), |p| format!("{:.3}", p.accuracy))
+        };
+        std::iter::once(report.hook.clone())
+            .chain(sizes.iter().map(at))
+            .collect()
+    });
+    Some(out::table(&heading, rows))
 }
 
 /// All layers as a curve.
@@ -142,6 +199,8 @@ pub(in crate::cli) fn json(probe: &pb::Probe) -> Value {
         "kind": probe.kind,
         "labels": probe.labels,
         "best": probe.best,
+        "pooling": pooling(probe),
+        "made_by": probe.made_by,
         "train_examples": probe.train_examples,
         "test_examples": probe.test_examples,
         "split": probe.split,
@@ -149,6 +208,17 @@ pub(in crate::cli) fn json(probe: &pb::Probe) -> Value {
         "created": probe.created,
         "reports": probe.reports.iter().map(report).collect::<Vec<_>>(),
     })
+}
+
+/// How positions become one vector; `null` where each token is scored.
+fn pooling(probe: &pb::Probe) -> Option<&'static str> {
+    match probe.pooling() {
+        pb::Pooling::Unspecified => None,
+        pb::Pooling::Mean => Some("mean"),
+        pb::Pooling::Cls => Some("cls"),
+        pb::Pooling::Last => Some("last"),
+        pb::Pooling::Max => Some("max"),
+    }
 }
 
 fn report(report: &pb::ProbeReport) -> Value {
@@ -173,26 +243,29 @@ fn report(report: &pb::ProbeReport) -> Value {
         told["confusion"] = json!(m.confusion);
         told["codelength_bits"] = m.codelength_bits.into();
         told["compression"] = m.compression.into();
-        told["learning_curve"] = m
-            .learning_curve
-            .iter()
-            .map(|p| json!([p.examples, p.accuracy]))
-            .collect();
+        told["learning_curve"] = points(&m.learning_curve);
         told["train_accuracy"] = m.train_accuracy.into();
     }
     if let Some(m) = &report.numbers {
         told["r_squared"] = m.r_squared.into();
+        told["r_squared_interval"] = json!([m.r_squared_low, m.r_squared_high]);
         told["mean_squared_error"] = m.mean_squared_error.into();
         told["spearman"] = m.spearman.into();
         told["control_r_squared"] = m.control_r_squared.into();
         told["selectivity"] = m.selectivity.into();
         told["train_r_squared"] = m.train_r_squared.into();
+        told["learning_curve"] = points(&m.learning_curve);
     }
     if let Some(d) = &report.direction {
         told["length"] = d.length.into();
         told["separation"] = d.separation.into();
     }
     told
+}
+
+fn points(curve: &[pb::CurvePoint]) -> Value {
+    let points = curve.iter().map(|p| json!([p.examples, p.accuracy]));
+    points.collect()
 }
 
 /// What probes say of a text.

@@ -46,6 +46,9 @@ pub(super) struct ExportArgs {
     /// Folder to write to
     #[arg(long, value_name = "DIR")]
     to: PathBuf,
+    /// Only these of its hook points
+    #[arg(long, value_name = "HOOK,...", value_delimiter = ',')]
+    hooks: Vec<String>,
 }
 
 #[derive(Args, Clone, Debug)]
@@ -136,7 +139,11 @@ const TENSORS: &str = "probe.safetensors";
 
 pub(super) async fn export(args: &ExportArgs) -> Result<(), CliError> {
     let (session, (model, name)) = one(&args.one).await?;
-    let request = pb::ExportProbeRequest { model, name };
+    let request = pb::ExportProbeRequest {
+        model,
+        name,
+        hooks: args.hooks.clone(),
+    };
     let answer = session.probes().export_probe(request).await;
     session.close().await;
     let files = answer?.into_inner().files.unwrap_or_default();
@@ -172,7 +179,16 @@ pub(super) async fn import(args: &ImportArgs) -> Result<(), CliError> {
     };
     let answer = session.probes().import_probe(request).await;
     session.close().await;
-    answer?;
+    answer.map_err(|status| {
+        let too_large = status.code() == tonic::Code::OutOfRange;
+        let error = CliError::from(status);
+        if too_large {
+            return error.advise(
+                "export fewer of its hook points (--hooks), or raise --max-message of the daemon",
+            );
+        }
+        error
+    })?;
     out::print(&format!("probe {} is stored\n", out::clean(&args.one.name)))
 }
 

@@ -63,6 +63,8 @@ pub struct Selection {
     pub logits: Logits,
     /// Candidates of the prediction.
     pub candidates: usize,
+    /// Whether tokens that were given as ids have their text, for which the worker is asked.
+    pub spelled: bool,
 }
 
 impl Default for Selection {
@@ -78,6 +80,7 @@ impl Default for Selection {
             dtype: DType::F32,
             logits: Logits::Prediction,
             candidates: 5,
+            spelled: true,
         }
     }
 }
@@ -179,7 +182,7 @@ pub async fn start(
         ));
     }
     let field = input::field_of(&input);
-    let prepared = input::prepare(handle, input, ctx)
+    let mut prepared = input::unspelled(handle, input, ctx)
         .await
         .map_err(|e| e.beneath("input"))?;
     let length = prepared.group.length.or_else(|| length_of(&prepared));
@@ -232,6 +235,10 @@ pub async fn start(
         .submit(job, ctx)
         .await
         .map_err(|e| input::at_field(e, field))?;
+    if selection.spelled {
+        // While the row waits and runs.
+        input::spell(handle, &mut prepared, ctx).await?;
+    }
     let sends = output.iter().filter(|o| o.sent);
     let sends = sends.map(|o| o.pick.output.clone());
     Ok(Started {

@@ -342,6 +342,9 @@ pub(in crate::methods) async fn written(
     (z, positions): (&BTreeMap<String, Vec<f32>>, usize),
     read_at: &[usize],
 ) -> Result<Vec<Vec<Vec<f32>>>, EngineError> {
+    if layers.is_empty() {
+        return Ok(Vec::new());
+    }
     let width = stream.width.max(1);
     let heads = layers.iter().map(|l| l.heads).max().unwrap_or_default();
     let rows = Rows::of(subject, positions, stream.fixed);

@@ -153,7 +153,7 @@ pub struct ClassMetrics {
     pub majority: f64,
     pub control_accuracy: Option<f64>,
     pub selectivity: Option<f64>,
-    pub calibration_error: f64,
+    pub calibration_error: Option<f64>,
     pub confusion: Vec<u64>,
     pub codelength_bits: Option<f64>,
     pub compression: Option<f64>,
@@ -172,6 +172,12 @@ pub struct NumberMetrics {
     pub control_r_squared: Option<f64>,
     pub selectivity: Option<f64>,
     pub train_r_squared: f64,
+    #[serde(default)]
+    pub r_squared_low: f64,
+    #[serde(default)]
+    pub r_squared_high: f64,
+    #[serde(default)]
+    pub learning_curve: Vec<(u64, f64)>,
 }
 
 /// What is known of a direction that was fitted on all examples.

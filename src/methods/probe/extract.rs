@@ -1,7 +1,7 @@
 //! From a labelled example to vectors: one run gives those of every hook point.
 
 use crate::{
-    engine::{Ctx, EngineError, Lane, ModelHandle},
+    engine::{Ctx, EngineError, Lane, ModelHandle, StageTimings},
     ipc::info::{Axis, ModelInfo},
     methods::{
         capture::{self, Captured, Content, Logits, Question, Selection},
@@ -45,6 +45,8 @@ pub enum Label {
     Number(f64),
     /// Classes of tokens: those whose first byte lies within.
     Spans(Vec<(std::ops::Range<u32>, String)>),
+    /// Classes of tokens by position, negative ones from the end.
+    Positions(Vec<(i32, String)>),
 }
 
 /// Where an example belongs, when it says so.
@@ -80,6 +82,8 @@ pub struct Rows {
     pub part: Option<Part>,
     /// Whether rows are tokens.
     pub of_tokens: bool,
+    /// Where the time went.
+    pub timings: StageTimings,
 }
 
 /// The label of a row.
@@ -144,7 +148,10 @@ pub async fn extract(
     example: Example,
     ctx: &Ctx,
 ) -> Result<Rows, EngineError> {
-    let of_tokens = matches!(example.label, Label::Spans(_));
+    let of_tokens = match example.label {
+        Label::Spans(_) | Label::Positions(_) => true,
+        Label::Class(_) | Label::Number(_) => false,
+    };
     let question = Question {
         input: example.input,
         selection: Selection {
@@ -152,6 +159,7 @@ pub async fn extract(
             // Each labelled token is a row of its own.
             pooling: plan.pooling.filter(|_| !of_tokens),
             logits: Logits::None,
+            spelled: false,
             ..Selection::default()
         },
     };
@@ -173,30 +181,27 @@ pub async fn extract(
         .map(|hook| vectors(&captured, &hook.name))
         .collect::<Result<_, _>>()?;
     let text = || tokens.iter().fold(0u64, |h, t| mixed(h ^ u64::from(t.id)));
+    let of_some = |chosen: &[(usize, &String)]| {
+        let rows = |(values, hook): (&Vec<f32>, &Hook)| {
+            let row = |(at, _): &(usize, &String)| {
+                let begin = at * hook.width;
+                values.get(begin..begin + hook.width).unwrap_or_default()
+            };
+            chosen.iter().flat_map(row).copied().collect()
+        };
+        let labels = chosen.iter().map(|(_, l)| Value::Class((*l).clone()));
+        let types = chosen.iter().map(|(at, _)| u64::from(tokens[*at].id));
+        (
+            labels.collect(),
+            types.collect(),
+            whole.iter().zip(&plan.hooks).map(rows).collect(),
+        )
+    };
     let (labels, types, vectors) = match example.label {
         Label::Class(label) => (vec![Value::Class(label)], vec![text()], whole),
         Label::Number(number) => (vec![Value::Number(number)], vec![text()], whole),
-        Label::Spans(spans) => {
-            let chosen = labelled(&tokens, &spans)?;
-            let rows = |(values, hook): (&Vec<f32>, &Hook)| {
-                let row = |(at, _): &(usize, &String)| {
-                    let begin = at * hook.width;
-                    values.get(begin..begin + hook.width).unwrap_or_default()
-                };
-                chosen.iter().flat_map(row).copied().collect()
-            };
-            (
-                chosen
-                    .iter()
-                    .map(|(_, label)| Value::Class((*label).clone()))
-                    .collect(),
-                chosen
-                    .iter()
-                    .map(|(at, _)| u64::from(tokens[*at].id))
-                    .collect(),
-                whole.iter().zip(&plan.hooks).map(rows).collect(),
-            )
-        }
+        Label::Spans(spans) => of_some(&labelled(&tokens, &spans)?),
+        Label::Positions(positions) => of_some(&placed(tokens.len(), &positions)?),
     };
     Ok(Rows {
         labels,
@@ -204,6 +209,7 @@ pub async fn extract(
         vectors,
         part: example.part,
         of_tokens,
+        timings: captured.timings,
     })
 }
 
@@ -228,7 +234,7 @@ fn labelled<'a>(
     if !offsets && !spans.is_empty() {
         return Err(EngineError::invalid(
             "tokens.spans",
-            "spans are of bytes: labels of tokens need a text, not ids",
+            "spans are of bytes, and the input is no text: label its tokens by positions",
         ));
     }
     let chosen: Vec<(usize, &String)> = tokens
@@ -247,6 +253,28 @@ fn labelled<'a>(
         ));
     }
     Ok(chosen)
+}
+
+/// Numbers of the tokens that are labelled by position, in order.
+fn placed(count: usize, labels: &[(i32, String)]) -> Result<Vec<(usize, &String)>, EngineError> {
+    let mut chosen = std::collections::BTreeMap::new();
+    for (at, (position, label)) in labels.iter().enumerate() {
+        let field = format!("tokens.positions[{at}].position");
+        let place = if *position < 0 {
+            count.checked_sub(position.unsigned_abs() as usize)
+        } else {
+            usize::try_from(*position).ok().filter(|p| *p < count)
+        };
+        let place = place.ok_or_else(|| {
+            let message = format!("position {position} does not exist: the input has {count}");
+            EngineError::invalid(field.clone(), message)
+        })?;
+        if chosen.insert(place, label).is_some() {
+            let message = format!("position {position} is labelled twice");
+            return Err(EngineError::invalid(field, message));
+        }
+    }
+    Ok(chosen.into_iter().collect())
 }
 
 /// Mixes bits, so that equal texts and only they are likely to have equal types.
@@ -283,6 +311,20 @@ mod tests {
         assert_eq!(found, [(1, "a"), (3, "b")]);
         assert!(labelled(&tokens, &[(20..30, "c".to_owned())]).is_err());
         assert!(labelled(&[token(0, 0, false)], &spans).is_err(), "ids");
+    }
+
+    #[test]
+    fn positions_label_the_tokens_that_stand_there() {
+        let labels = [(-1, "b".to_owned()), (1, "a".to_owned())];
+        let found = placed(4, &labels).unwrap();
+        let found: Vec<(usize, &str)> = found.iter().map(|(at, l)| (*at, l.as_str())).collect();
+        assert_eq!(found, [(1, "a"), (3, "b")]);
+        for wrong in [4, -5] {
+            let labels = [(wrong, String::new())];
+            assert!(placed(4, &labels).is_err(), "{labels:?}");
+        }
+        let twice = [(3, "a".to_owned()), (-1, "b".to_owned())];
+        assert!(placed(4, &twice).is_err());
     }
 
     #[test]

@@ -25,6 +25,8 @@ const BLOCKS: [f64; 11] = [
 ];
 /// Parts of the training rows of a learning curve.
 const CURVE: [f64; 6] = [0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0];
+/// Most classes whose confusion is told: it grows with their square, and a description has a limit.
+const MOST_CONFUSED: usize = 128;
 /// Folds of a cross-validation.
 const FOLDS: usize = 5;
 
@@ -60,26 +62,44 @@ pub struct Judgement {
 }
 
 impl Split {
-    /// Draws a part of the rows to judge by: of each class the same part, where rows have classes.
-    pub fn drawn(targets: &Targets, fraction: f64, seed: u64) -> Self {
-        let mut groups: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
-        for row in 0..targets.len() {
-            let class = match targets {
-                Targets::Classes(of, _) => of[row],
-                Targets::Numbers(_) => 0,
-            };
-            groups.entry(class).or_default().push(row);
+    /// Draws a part of the examples to judge by, with all of their rows: of each class the same part, where rows have classes. An example
+    /// whose rows have several counts as one of the rarest. `examples` says which example each row is of; rows of one follow each other.
+    pub fn drawn(targets: &Targets, examples: &[usize], fraction: f64, seed: u64) -> Self {
+        let mut groups: BTreeMap<usize, Vec<Vec<usize>>> = BTreeMap::new();
+        let rows: Vec<usize> = (0..targets.len()).collect();
+        let counts = match targets {
+            Targets::Classes(of, classes) => {
+                let mut counts = vec![0usize; *classes];
+                of.iter().for_each(|c| counts[*c] += 1);
+                counts
+            }
+            Targets::Numbers(_) => Vec::new(),
+        };
+        let rarest = |rows: &[usize]| match targets {
+            Targets::Classes(of, _) => {
+                let classes = rows.iter().map(|r| of[*r]);
+                classes.min_by_key(|c| (counts[*c], *c)).unwrap_or(0)
+            }
+            Targets::Numbers(_) => 0,
+        };
+        for example in rows.chunk_by(|a, b| examples.get(*a) == examples.get(*b)) {
+            let group = groups.entry(rarest(example)).or_default();
+            group.push(example.to_vec());
         }
         let mut draws = Draws::new(seed);
         let (mut train, mut test) = (Vec::new(), Vec::new());
-        for rows in groups.into_values() {
-            let order = draws.permutation(rows.len());
+        for examples in groups.into_values() {
+            let order = draws.permutation(examples.len());
             #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // a part of it
-            let held = (rows.len() as f64 * fraction).round() as usize;
-            // A class of one row is trained on, a class of two has one on either side.
-            let held = held.clamp(usize::from(rows.len() > 1), rows.len().saturating_sub(1));
-            for (at, row) in order.into_iter().enumerate() {
-                if at < held { &mut test } else { &mut train }.push(rows[row]);
+            let held = (examples.len() as f64 * fraction).round() as usize;
+            // A class of one example is trained on, a class of two has one on either side.
+            let held = held.clamp(
+                usize::from(examples.len() > 1),
+                examples.len().saturating_sub(1),
+            );
+            for (at, example) in order.into_iter().enumerate() {
+                let part = if at < held { &mut test } else { &mut train };
+                part.extend_from_slice(&examples[example]);
             }
         }
         train.sort_unstable();
@@ -145,11 +165,14 @@ pub fn judge(
                 accuracy_high,
                 macro_f1: metrics::macro_f1(&confusion, classes),
                 majority: majority(known, asked, classes),
-                calibration_error: metrics::calibration_error(
-                    &fitted.probabilities(test.view()),
-                    asked,
-                ),
-                confusion,
+                calibration_error: how
+                    .gives_probabilities()
+                    .then(|| metrics::calibration_error(&fitted.probabilities(test.view()), asked)),
+                confusion: if classes > MOST_CONFUSED {
+                    Vec::new()
+                } else {
+                    confusion
+                },
                 train_accuracy: metrics::accuracy(&fitted.classes(train.view()), known),
                 ..ClassMetrics::default()
             };
@@ -170,15 +193,20 @@ pub fn judge(
                     Err(why) => report.notes.push(format!("no control task: {why}")),
                 }
             }
-            if judgement.codelength {
+            if judgement.codelength && !how.gives_probabilities() {
+                report.notes.push(
+                    "no codelength: this kind gives no probabilities, which a code needs"
+                        .to_owned(),
+                );
+            } else if judgement.codelength {
                 let (bits, uniform) = codelength(&how, train.view(), known, classes, seed, stop)?;
                 found.codelength_bits = Some(bits);
                 found.compression = Some(uniform / bits.max(f64::MIN_POSITIVE));
             }
             if judgement.learning_curve {
-                let test = (test.view(), &asked[..]);
-                found.learning_curve =
-                    curve(&how, (train.view(), known), test, classes, seed, stop);
+                let right = |f: &Fitted| metrics::accuracy(&f.classes(test.view()), asked);
+                let known = Targets::Classes(known.clone(), classes);
+                found.learning_curve = curve(&how, (train.view(), &known), right, seed, stop);
             }
             report.classes = Some(found);
         }
@@ -193,13 +221,25 @@ pub fn judge(
                 train_r_squared: metrics::of_numbers(&numbers(&fitted, train), known).0,
                 ..NumberMetrics::default()
             };
+            (found.r_squared_low, found.r_squared_high) =
+                metrics::bootstrap_numbers(&numbers(&fitted, test), asked, seed);
             if judgement.control {
                 let fitted = control()?;
                 if let Targets::Numbers(of) = controlled(targets, types, seed).of(&split.test) {
                     let right = metrics::of_numbers(&numbers(&fitted, test), &of).0;
                     found.control_r_squared = Some(right);
-                    found.selectivity = Some(r_squared - right);
+                    // Worse than the mean is no less of nothing than the mean.
+                    found.selectivity = Some(r_squared - right.max(0.0));
                 }
+            }
+            if judgement.codelength {
+                let note = "no codelength: numbers have none, classes do";
+                report.notes.push(note.to_owned());
+            }
+            if judgement.learning_curve {
+                let right = |f: &Fitted| metrics::of_numbers(&numbers(f, test), asked).0;
+                let known = Targets::Numbers(known.clone());
+                found.learning_curve = curve(&how, (train.view(), &known), right, seed, stop);
             }
             report.numbers = Some(found);
         }
@@ -331,22 +371,22 @@ fn codelength(
     Ok((bits, known.len() as f64 * chance))
 }
 
+/// How right a probe is that was trained on a part of the rows, by how many they are. Parts of which none can be trained are left out.
 fn curve(
     how: &How,
-    (train, known): (ArrayView2<'_, f64>, &[usize]),
-    (test, asked): (ArrayView2<'_, f64>, &[usize]),
-    classes: usize,
+    (train, known): (ArrayView2<'_, f64>, &Targets),
+    right: impl Fn(&Fitted) -> f64,
     seed: u64,
     stop: &dyn Fn() -> bool,
 ) -> Vec<(u64, f64)> {
-    CURVE
-        .iter()
-        .filter_map(|p| {
-            let rows = part(known.len(), *p);
-            let of = Targets::Classes(known[..rows].to_vec(), classes);
+    let mut sizes = CURVE.map(|p| part(known.len(), p)).to_vec();
+    sizes.dedup();
+    sizes
+        .into_iter()
+        .filter_map(|rows| {
+            let of = known.of(&(0..rows).collect::<Vec<_>>());
             let fitted = fit(how, train.slice(s![..rows, ..]), &of, seed, stop).ok()?;
-            let right = metrics::accuracy(&fitted.classes(test), asked);
-            Some((rows as u64, right))
+            Some((rows as u64, right(&fitted)))
         })
         .collect()
 }
@@ -393,9 +433,14 @@ mod tests {
         (x, Targets::Classes(of, 2), (0..n as u64).collect())
     }
 
+    /// Every row is an example.
+    fn of_their_own(rows: usize) -> Vec<usize> {
+        (0..rows).collect()
+    }
+
     fn judged(planted: bool, judgement: Judgement) -> Report {
         let (x, targets, types) = rows(600, planted);
-        let split = Split::drawn(&targets, 0.2, 1);
+        let split = Split::drawn(&targets, &of_their_own(600), 0.2, 1);
         let found = judge(
             &LOGISTIC,
             &rows_of(&x, &split),
@@ -436,20 +481,87 @@ mod tests {
     fn splits_keep_the_share_of_each_class_and_repeat() {
         let of: Vec<usize> = (0..100).map(|i| usize::from(i % 10 == 0)).collect();
         let targets = Targets::Classes(of.clone(), 2);
-        let split = Split::drawn(&targets, 0.2, 9);
+        let split = Split::drawn(&targets, &of_their_own(100), 0.2, 9);
         assert_eq!((split.train.len(), split.test.len()), (80, 20));
         assert_eq!(split.test.iter().filter(|r| of[**r] == 1).count(), 2);
-        assert_eq!(split, Split::drawn(&targets, 0.2, 9));
-        assert_ne!(split, Split::drawn(&targets, 0.2, 10));
+        for (seed, same) in [(9, true), (10, false)] {
+            let again = Split::drawn(&targets, &of_their_own(100), 0.2, seed);
+            assert_eq!(split == again, same);
+        }
         let mut all = [split.train, split.test].concat();
         all.sort_unstable();
         assert_eq!(all, (0..100).collect::<Vec<_>>());
     }
 
     #[test]
+    fn rows_of_an_example_stay_together() {
+        // Twenty examples of five rows; every fourth has one row of the rare class.
+        let examples: Vec<usize> = (0..100).map(|row| row / 5).collect();
+        let of: Vec<usize> = (0..100).map(|row| usize::from(row % 20 == 3)).collect();
+        let split = Split::drawn(&Targets::Classes(of.clone(), 2), &examples, 0.2, 4);
+        let named =
+            |rows: &[usize]| -> BTreeSet<usize> { rows.iter().map(|row| examples[*row]).collect() };
+        assert!(named(&split.train).is_disjoint(&named(&split.test)));
+        assert_eq!((split.train.len(), split.test.len()), (80, 20));
+        assert_eq!(split.test.iter().filter(|r| of[**r] == 1).count(), 1);
+    }
+
+    #[test]
+    fn numbers_have_a_curve_and_an_interval_and_say_what_they_lack() {
+        let mut draws = Draws::new(2);
+        let x = Array2::from_shape_fn((300, 10), |_| draws.normal());
+        let y: Vec<f64> = x
+            .outer_iter()
+            .map(|r| r[0] + draws.normal() / 4.0)
+            .collect();
+        let (targets, types) = (Targets::Numbers(y), (0..300).collect::<Vec<u64>>());
+        let split = Split::drawn(&targets, &of_their_own(300), 0.2, 1);
+        let all = Judgement {
+            control: true,
+            codelength: true,
+            learning_curve: true,
+            seed: 3,
+        };
+        let ridge = How::Ridge { alpha: 1.0 };
+        let rows = rows_of(&x, &split);
+        let (report, _) = judge(&ridge, &rows, (&targets, &types), &split, all, &never).unwrap();
+        let found = report.numbers.unwrap();
+        assert!(found.r_squared_low < found.r_squared && found.r_squared < found.r_squared_high);
+        assert!(found.r_squared_low > 0.8, "{found:?}");
+        assert!(found.selectivity.unwrap() <= found.r_squared, "{found:?}");
+        assert_eq!(found.learning_curve.len(), CURVE.len());
+        assert!(
+            report.notes[0].contains("no codelength"),
+            "{:?}",
+            report.notes
+        );
+    }
+
+    #[test]
+    fn what_gives_no_probabilities_is_not_judged_by_them() {
+        let (x, targets, types) = rows(200, true);
+        let split = Split::drawn(&targets, &of_their_own(200), 0.2, 1);
+        let judgement = Judgement {
+            codelength: true,
+            ..Judgement::default()
+        };
+        let (rows, of) = (rows_of(&x, &split), (&targets, &types[..]));
+        let found = judge(&How::MeanDifference, &rows, of, &split, judgement, &never);
+        let report = found.unwrap().0;
+        let classes = report.classes.unwrap();
+        assert_eq!(classes.calibration_error, None);
+        assert_eq!(classes.codelength_bits, None);
+        assert!(
+            report.notes[0].contains("no codelength"),
+            "{:?}",
+            report.notes
+        );
+    }
+
+    #[test]
     fn the_better_penalty_is_chosen() {
         let (x, targets, types) = rows(300, true);
-        let split = Split::drawn(&targets, 0.2, 1);
+        let split = Split::drawn(&targets, &of_their_own(300), 0.2, 1);
         let how = How::Logistic {
             c: 1.0,
             choices: vec![1e-6, 1.0],

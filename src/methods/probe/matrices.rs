@@ -12,6 +12,8 @@ pub struct Matrices {
     /// Bytes in memory, and how many there may be.
     held: usize,
     budget: usize,
+    /// Bytes in files.
+    spilled: u64,
 }
 
 /// A matrix, wherever it is.
@@ -30,6 +32,7 @@ impl Matrices {
             columns: (0..count).map(|_| Column::Memory(Vec::new())).collect(),
             held: 0,
             budget,
+            spilled: 0,
         }
     }
 
@@ -38,14 +41,21 @@ impl Matrices {
     /// # Errors
     /// When a file cannot be written.
     pub fn push(&mut self, rows: &[Vec<f32>]) -> io::Result<()> {
-        self.held += rows.iter().map(|r| size_of_val(&r[..])).sum::<usize>();
-        if self.held > self.budget {
+        let bytes: usize = rows.iter().map(|r| size_of_val(&r[..])).sum();
+        if self.held + bytes > self.budget {
             self.spill()?;
         }
         for (column, rows) in self.columns.iter_mut().zip(rows) {
+            let bytes = size_of_val(&rows[..]);
             match column {
-                Column::Memory(values) => values.extend_from_slice(rows),
-                Column::File(file) => file.write_all(bytemuck::cast_slice(rows))?,
+                Column::Memory(values) => {
+                    values.extend_from_slice(rows);
+                    self.held += bytes;
+                }
+                Column::File(file) => {
+                    file.write_all(bytemuck::cast_slice(rows))?;
+                    self.spilled += bytes as u64;
+                }
             }
         }
         Ok(())
@@ -61,9 +71,16 @@ impl Matrices {
     /// # Errors
     /// When a file cannot be written.
     pub fn spill(&mut self) -> io::Result<()> {
-        self.columns.iter_mut().try_for_each(Column::spill)?;
+        for column in &mut self.columns {
+            self.spilled += column.spill()?;
+        }
         self.held = 0;
         Ok(())
+    }
+
+    /// Bytes in files.
+    pub fn spilled(&self) -> u64 {
+        self.spilled
     }
 
     /// Done with growing.
@@ -73,13 +90,16 @@ impl Matrices {
 }
 
 impl Column {
-    fn spill(&mut self) -> io::Result<()> {
-        if let Column::Memory(values) = self {
-            let mut file = BufWriter::new(tempfile::tempfile()?);
-            file.write_all(bytemuck::cast_slice(values))?;
-            *self = Column::File(file);
-        }
-        Ok(())
+    /// Gives the bytes that went.
+    fn spill(&mut self) -> io::Result<u64> {
+        let Column::Memory(values) = self else {
+            return Ok(0);
+        };
+        let bytes = size_of_val(&values[..]) as u64;
+        let mut file = BufWriter::new(tempfile::tempfile()?);
+        file.write_all(bytemuck::cast_slice(values))?;
+        *self = Column::File(file);
+        Ok(bytes)
     }
 
     /// Tells each row, in order.
@@ -120,6 +140,7 @@ mod tests {
                 all.push(row).unwrap();
             }
             assert!(all.held() <= budget);
+            assert_eq!(all.held() as u64 + all.spilled(), 1600);
             assert_eq!(
                 all.columns.iter().any(|c| matches!(c, Column::File(_))),
                 held == 0

@@ -82,18 +82,43 @@ pub fn calibration_error(probabilities: &Array2<f64>, of: &[usize]) -> f64 {
 
 /// 95 % interval of an accuracy: percentiles of the accuracies of rows drawn with replacement.
 pub fn bootstrap(said: &[usize], of: &[usize], seed: u64) -> (f64, f64) {
+    interval(of.len(), seed, |rows| {
+        let right = rows.iter().filter(|r| said[**r] == of[**r]).count();
+        right as f64 / of.len().max(1) as f64
+    })
+}
+
+/// 95 % interval of the coefficient of determination, likewise.
+pub fn bootstrap_numbers(said: &[f64], of: &[f64], seed: u64) -> (f64, f64) {
+    let n = of.len().max(1) as f64;
+    interval(of.len(), seed, |rows| {
+        let mean = rows.iter().map(|r| of[*r]).sum::<f64>() / n;
+        let (left, all) = rows.iter().fold((0.0, 0.0), |(left, all), r| {
+            (
+                left + (said[*r] - of[*r]).powi(2),
+                all + (of[*r] - mean).powi(2),
+            )
+        });
+        determination(left, all)
+    })
+}
+
+fn interval(rows: usize, seed: u64, measure: impl Fn(&[usize]) -> f64) -> (f64, f64) {
     let mut draws = Draws::new(seed);
+    let mut drawn = vec![0; rows];
     let mut found: Vec<f64> = (0..BOOTSTRAP)
         .map(|_| {
-            let right = (0..of.len())
-                .map(|_| draws.below(of.len()))
-                .filter(|r| said[*r] == of[*r])
-                .count();
-            right as f64 / of.len().max(1) as f64
+            drawn.iter_mut().for_each(|row| *row = draws.below(rows));
+            measure(&drawn)
         })
         .collect();
     found.sort_by(f64::total_cmp);
     (found[BOOTSTRAP * 25 / 1000], found[BOOTSTRAP * 975 / 1000])
+}
+
+/// Of the squares that are left and of all; nothing of numbers that are all the same.
+fn determination(left: f64, all: f64) -> f64 {
+    if all > 0.0 { 1.0 - left / all } else { 0.0 }
 }
 
 /// Coefficient of determination, mean squared error, Spearman's rank correlation.
@@ -102,8 +127,7 @@ pub fn of_numbers(said: &[f64], of: &[f64]) -> (f64, f64, f64) {
     let mean = of.iter().sum::<f64>() / n;
     let left: f64 = said.iter().zip(of).map(|(a, b)| (a - b).powi(2)).sum();
     let all: f64 = of.iter().map(|v| (v - mean).powi(2)).sum();
-    let r_squared = if all > 0.0 { 1.0 - left / all } else { 0.0 };
-    (r_squared, left / n, spearman(said, of))
+    (determination(left, all), left / n, spearman(said, of))
 }
 
 #[cfg(test)]

@@ -5,8 +5,8 @@ use std::{
     fs,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
-    time::SystemTime,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
 };
 
 use dashmap::DashMap;
@@ -15,7 +15,7 @@ use super::{
     card::Card,
     score::Asked,
     scorer::Scorer,
-    store::{CARD, Store, Stored},
+    store::{CARD, Store, Stored, Writing},
 };
 use crate::{engine::EngineError, ipc::info::ModelInfo};
 
@@ -33,16 +33,38 @@ pub struct Ready {
 pub struct Probes {
     /// Where probes are, a folder for each model; beside each model unless said.
     folder: Option<PathBuf>,
-    kept: DashMap<PathBuf, Kept>,
+    /// By model and name.
+    kept: DashMap<(String, String), Kept>,
     /// See [`Store`].
-    writing: Arc<Mutex<()>>,
+    writing: Arc<Writing>,
 }
 
 #[derive(Debug)]
 struct Kept {
     stamp: Stamp,
     ready: Arc<Ready>,
+    looked: Looked,
 }
+
+/// When the files were looked at last.
+#[derive(Clone, Copy, Debug)]
+struct Looked {
+    at: Instant,
+    /// Of [`Writing::changes`], before.
+    changes: u64,
+}
+
+impl Looked {
+    fn now(writing: &Writing) -> Self {
+        Self {
+            at: Instant::now(),
+            changes: writing.changes(),
+        }
+    }
+}
+
+/// So long files are taken to be what they were, unless we changed any: another process's change shows that much later.
+const FRESH: Duration = Duration::from_secs(1);
 
 /// Changes when a probe is replaced: by a file with another number.
 type Stamp = (u64, SystemTime, u64);
@@ -77,46 +99,41 @@ impl Probes {
         info: &ModelInfo,
         (name, hook, force): (&str, &str, bool),
     ) -> Result<Asked, EngineError> {
-        let probe = self.ready(store, name)?;
-        let card = &probe.card;
-        if card.fingerprint != info.fingerprint && !force {
-            return Err(EngineError::precondition(format!(
-                "probe \"{name}\" was trained on a model of another fingerprint ({} ...): train it anew, or force it",
-                card.fingerprint.get(..12).unwrap_or(&card.fingerprint)
-            )));
-        }
-        let hook = if hook.is_empty() { &card.best } else { hook };
-        let canonical = info.hook(hook).map_or(hook, |h| h.name.as_str()).to_owned();
-        let Some(scorer) = probe.scorers.get(&canonical) else {
-            let has: Vec<&str> = probe.scorers.keys().map(String::as_str).collect();
-            return Err(EngineError::precondition(format!(
-                "probe \"{name}\" has no \"{hook}\": it has {}",
-                has.join(", ")
-            )));
-        };
-        let width = info.hook(&canonical).and_then(|h| h.dims.last().copied());
-        if width != Some(Some(scorer.width())) {
-            return Err(EngineError::precondition(format!(
-                "probe \"{name}\" reads {} features of \"{canonical}\", which model \"{}\" does not have",
-                scorer.width(),
-                info.name
-            )));
-        }
-        Ok(Asked {
-            hook: canonical,
-            probe,
-        })
+        let probe = self.ready(store, &info.name, name)?;
+        fitting(probe, info, (name, hook, force))
     }
 
-    fn ready(&self, store: &Store, name: &str) -> Result<Arc<Ready>, EngineError> {
+    /// The same without a look at the disk, where there was one a moment ago.
+    ///
+    /// # Errors
+    /// As [`Probes::asked`].
+    pub fn at_hand(
+        &self,
+        info: &ModelInfo,
+        (name, hook, force): (&str, &str, bool),
+    ) -> Option<Result<Asked, EngineError>> {
+        let kept = self.kept.get(&(info.name.clone(), name.to_owned()))?;
+        let Looked { at, changes } = kept.looked;
+        let fresh = changes == self.writing.changes() && at.elapsed() < FRESH;
+        let ready = fresh.then(|| kept.ready.clone())?;
+        drop(kept);
+        Some(fitting(ready, info, (name, hook, force)))
+    }
+
+    fn ready(&self, store: &Store, model: &str, name: &str) -> Result<Arc<Ready>, EngineError> {
         let path = store.path(name)?;
+        let key = (model.to_owned(), name.to_owned());
+        let looked = Looked::now(&self.writing);
         let stamp = stamp(&path.join(CARD));
-        if let (Some(kept), Some(stamp)) = (self.kept.get(&path), stamp)
+        if let (Some(mut kept), Some(stamp)) = (self.kept.get_mut(&key), stamp)
             && kept.stamp == stamp
         {
+            kept.looked = looked;
             return Ok(kept.ready.clone());
         }
-        let Stored { card, weights } = store.get(name)?;
+        let Stored { card, weights } = store.get(name).inspect_err(|_| {
+            self.kept.remove(&key);
+        })?;
         let scorers = card
             .reports
             .iter()
@@ -124,11 +141,60 @@ impl Probes {
             .collect::<Result<_, EngineError>>()?;
         let ready = Arc::new(Ready { card, scorers });
         if let Some(stamp) = stamp {
-            let ready = ready.clone();
-            self.kept.insert(path, Kept { stamp, ready });
+            let kept = Kept {
+                stamp,
+                ready: ready.clone(),
+                looked,
+            };
+            self.kept.insert(key, kept);
         }
         Ok(ready)
     }
+}
+
+/// A probe that fits a model, at one of its hook points.
+fn fitting(
+    probe: Arc<Ready>,
+    info: &ModelInfo,
+    (name, hook, force): (&str, &str, bool),
+) -> Result<Asked, EngineError> {
+    let card = &probe.card;
+    if card.fingerprint != info.fingerprint && !force {
+        return Err(EngineError::precondition(format!(
+            "probe \"{name}\" was trained on a model of another fingerprint ({} ...): train it anew, or force it",
+            card.fingerprint.get(..12).unwrap_or(&card.fingerprint)
+        )));
+    }
+    let hook = if hook.is_empty() { &card.best } else { hook };
+    let canonical = info.hook(hook).map_or(hook, |h| h.name.as_str()).to_owned();
+    let Some(scorer) = probe.scorers.get(&canonical) else {
+        let has: Vec<&str> = probe.scorers.keys().map(String::as_str).collect();
+        return Err(EngineError::precondition(format!(
+            "probe \"{name}\" has no \"{hook}\": it has {}",
+            has.join(", ")
+        )));
+    };
+    reads(info, name, &canonical, scorer)?;
+    Ok(Asked {
+        hook: canonical,
+        probe,
+    })
+}
+
+/// Whether a model has what a probe reads.
+///
+/// # Errors
+/// [`EngineError::FailedPrecondition`] when it does not.
+pub fn reads(info: &ModelInfo, name: &str, hook: &str, scorer: &Scorer) -> Result<(), EngineError> {
+    let width = info.hook(hook).and_then(|h| h.dims.last().copied());
+    if width == Some(Some(scorer.width())) {
+        return Ok(());
+    }
+    Err(EngineError::precondition(format!(
+        "probe \"{name}\" reads {} features of \"{hook}\", which model \"{}\" does not have",
+        scorer.width(),
+        info.name
+    )))
 }
 
 fn stamp(path: &Path) -> Option<Stamp> {

@@ -90,7 +90,7 @@ pub struct Scores {
 /// Runs an input and scores it.
 ///
 /// # Errors
-/// Those of captures.
+/// Those of captures; [`EngineError::FailedPrecondition`] for vectors that are not finite, of which no probe says anything.
 pub async fn score(
     handle: &ModelHandle,
     asked: &[Asked],
@@ -104,6 +104,7 @@ pub async fn score(
         selection: Selection {
             hooks: hooks.into_iter().cloned().collect(),
             positions: positions(asked, wanted),
+            spelled: wanted.per_token || asked.iter().any(|a| a.probe.card.pooling.is_none()),
             logits: if wanted.predict {
                 Logits::Prediction
             } else {
@@ -120,6 +121,11 @@ pub async fn score(
     let started = capture::start(handle, question, terms, ctx).await?;
     let tokens = started.prepared.tokens.clone();
     let captured = started.finish(ctx).await?;
+    if let Some(name) = captured.non_finite.first() {
+        return Err(EngineError::precondition(format!(
+            "\"{name}\" holds a number that is not finite for this input: no probe can score it"
+        )));
+    }
     let scores = asked
         .iter()
         .map(|one| {
@@ -151,7 +157,11 @@ pub fn score_hidden(
     per_token: bool,
 ) -> Result<Scored, EngineError> {
     let width = asked.scorer()?.width();
-    let fits = matches!(hidden.shape(), [.., last] if *last == width) && hidden.shape().len() <= 2;
+    let fits = match hidden.shape() {
+        [last] => *last == width,
+        [positions, last] => *positions > 0 && *last == width,
+        _ => false,
+    };
     if !fits || !hidden.dtype().is_float() {
         return Err(EngineError::invalid(
             "hidden.shape",

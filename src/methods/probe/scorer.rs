@@ -113,6 +113,8 @@ impl Scorer {
         let outputs = output.bias.len();
         let fits = match card.labels.len() {
             0 => outputs == 1,
+            // Of one class there is nothing to say.
+            1 => false,
             2 => outputs <= 2,
             classes => outputs == classes,
         };

@@ -15,7 +15,10 @@ use std::{
     fs::{self, File},
     io::{self, Read as _, Write as _},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use bytes::Bytes;
@@ -46,8 +49,16 @@ pub type Weights = BTreeMap<String, Tensor>;
 #[derive(Clone, Debug)]
 pub struct Store {
     folder: PathBuf,
-    /// Held by whoever changes files: two at a time would tidy away each other's.
-    writing: Arc<Mutex<()>>,
+    writing: Arc<Writing>,
+}
+
+/// What those share who change files.
+#[derive(Debug, Default)]
+pub struct Writing {
+    /// Two at a time would tidy away each other's.
+    turn: Mutex<()>,
+    /// Counts what was changed.
+    changes: AtomicU64,
 }
 
 /// A probe, read and checked.
@@ -98,9 +109,35 @@ pub fn check_name_of(what: &str, name: &str, field: &str) -> Result<(), EngineEr
     ))
 }
 
+impl Writing {
+    /// Grows with every change.
+    pub(super) fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
+    }
+
+    /// Whoever holds it changes files; the change counts when it is let go.
+    fn turn(&self) -> Turn<'_> {
+        Turn {
+            changes: &self.changes,
+            _turn: self.turn.lock().unwrap_or_else(PoisonError::into_inner),
+        }
+    }
+}
+
+struct Turn<'a> {
+    changes: &'a AtomicU64,
+    _turn: std::sync::MutexGuard<'a, ()>,
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.changes.fetch_add(1, Ordering::Release);
+    }
+}
+
 impl Store {
     /// Probes in this folder, which need not be there yet; those who hold the same lock take turns at changing them.
-    pub fn new(folder: PathBuf, writing: Arc<Mutex<()>>) -> Self {
+    pub fn new(folder: PathBuf, writing: Arc<Writing>) -> Self {
         Self { folder, writing }
     }
 
@@ -169,13 +206,21 @@ impl Store {
         Ok(Stored { card, weights })
     }
 
-    /// The files of a probe: description, weights.
+    /// The files of a probe: description, weights. Only these hook points, by their canonical names, unless none is named.
     ///
     /// # Errors
-    /// As [`Store::card`].
-    pub fn export(&self, name: &str) -> Result<(Vec<u8>, Vec<u8>), EngineError> {
+    /// As [`Store::card`]; beneath `hooks` for one that the probe does not have.
+    pub fn export(&self, name: &str, hooks: &[String]) -> Result<(Vec<u8>, Vec<u8>), EngineError> {
         let card = self.card(name)?;
         let tensors = self.tensors(&card)?;
+        if hooks.is_empty() {
+            return Ok((described(&card)?, tensors));
+        }
+        let of = |part: &str| part.rsplit_once('/').map(|(hook, _)| hook.to_owned());
+        let mut weights = weights(name, &tensors)?;
+        weights.retain(|part, _| of(part).is_some_and(|hook| hooks.contains(&hook)));
+        let tensors = safetensors(&weights)?;
+        let card = some(card, hooks, digest(&tensors))?;
         Ok((described(&card)?, tensors))
     }
 
@@ -203,7 +248,7 @@ impl Store {
         replace: bool,
     ) -> Result<Card, EngineError> {
         check_name(&card.name, "name")?;
-        let _turn = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _turn = self.writing.turn();
         self.may_put(&card.name, replace)?;
         let folder = self.folder.join(&card.name);
         let bytes = safetensors(weights)?;
@@ -212,10 +257,21 @@ impl Store {
             file: format!("weights-{}{ENDING}", &sha256[..16]),
             sha256,
         };
+        let described = described(&card)?;
+        for (what, size, limit) in [
+            ("weights", bytes.len(), TENSORS_LIMIT),
+            ("description", described.len(), CARD_LIMIT),
+        ] {
+            if size as u64 > limit {
+                return Err(EngineError::precondition(format!(
+                    "the {what} of probe \"{}\" would take {size} bytes, and may take {limit}: name fewer hook points",
+                    card.name
+                )));
+            }
+        }
         let written = (|| -> io::Result<()> {
             fs::create_dir_all(&folder)?;
             write(&folder, &card.tensors.file, &bytes)?;
-            let described = described(&card).map_err(|e| io::Error::other(e.to_string()))?;
             write(&folder, CARD, &described)
         })();
         if let Err(e) = written {
@@ -251,7 +307,7 @@ impl Store {
     /// [`EngineError::NotFound`]; [`EngineError::FailedPrecondition`] when the disk does not let it go.
     pub fn delete(&self, name: &str) -> Result<(), EngineError> {
         check_name(name, "name")?;
-        let _turn = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _turn = self.writing.turn();
         let folder = self.folder.join(name);
         // Without its description it is no probe, whatever happens next.
         let gone = fs::remove_file(folder.join(CARD)).and_then(|()| fs::remove_dir_all(&folder));
@@ -395,6 +451,25 @@ pub(super) fn broken(name: &str, why: &str) -> EngineError {
             "probe \"{name}\" cannot be read: {why}; delete it or bring it anew"
         )),
     }
+}
+
+/// A description of some of its hook points, whose weights have this digest.
+fn some(mut card: Card, hooks: &[String], sha256: String) -> Result<Card, EngineError> {
+    for (at, hook) in hooks.iter().enumerate() {
+        if !card.reports.iter().any(|r| r.hook == *hook) {
+            let has: Vec<&str> = card.reports.iter().map(|r| r.hook.as_str()).collect();
+            return Err(EngineError::invalid(
+                format!("hooks[{at}]"),
+                format!("the probe has no \"{hook}\": it has {}", has.join(", ")),
+            ));
+        }
+    }
+    card.reports.retain(|r| hooks.contains(&r.hook));
+    if !hooks.contains(&card.best) {
+        card.best = super::train::best(&card.reports);
+    }
+    card.tensors.sha256 = sha256;
+    Ok(card)
 }
 
 fn unreadable(what: &str, e: &io::Error) -> EngineError {

@@ -73,6 +73,8 @@ pub struct Training {
     labels: Vec<Value>,
     types: Vec<u64>,
     parts: Vec<Option<Part>>,
+    /// Which example each row is of.
+    examples: Vec<usize>,
     /// Whether rows are tokens.
     tokens: Option<bool>,
 }
@@ -84,6 +86,8 @@ pub struct Trained {
     pub card: Card,
     /// Their weights.
     pub weights: Weights,
+    /// Bytes of vectors that memory did not hold.
+    pub spilled: u64,
 }
 
 /// Bounds of a training.
@@ -117,6 +121,7 @@ impl Training {
             labels: Vec::new(),
             types: Vec::new(),
             parts: Vec::new(),
+            examples: Vec::new(),
             tokens: None,
         })
     }
@@ -186,19 +191,12 @@ impl Training {
                 "is said by some examples and not by others: say it of all, or of none",
             ));
         }
+        let example = self.examples.last().map_or(0, |last| last + 1);
+        self.examples.extend(rows.labels.iter().map(|_| example));
         self.parts.extend(rows.labels.iter().map(|_| rows.part));
         self.labels.extend(rows.labels);
         self.types.extend(rows.types);
-        let one = self.bytes_of_a_fit(self.asked.labels.len());
-        if one > self.terms.memory {
-            return Err(EngineError::exhausted(
-                format!(
-                    "with this example, a fit takes {one} bytes, and trainings may take {}: raise --probe-memory, or give fewer examples",
-                    self.terms.memory
-                ),
-                None,
-            ));
-        }
+        self.check_fit(self.asked.labels.len())?;
         self.matrices.push(&rows.vectors).map_err(|e| spill(&e))
     }
 
@@ -212,6 +210,22 @@ impl Training {
             },
         };
         self.asked.how.clone().unwrap_or(by_labels)
+    }
+
+    /// # Errors
+    /// [`EngineError::ResourceExhausted`] for a fit that would not find room.
+    fn check_fit(&self, classes: usize) -> Result<(), EngineError> {
+        let one = self.bytes_of_a_fit(classes);
+        if one > self.terms.memory {
+            return Err(EngineError::exhausted(
+                format!(
+                    "with these examples, a fit takes {one} bytes, and a training may take {}: raise --probe-memory, or give fewer examples",
+                    self.terms.memory
+                ),
+                None,
+            ));
+        }
+        Ok(())
     }
 
     /// Of the widest hook point.
@@ -239,8 +253,10 @@ impl Training {
             learning_curve: self.asked.learning_curve,
             seed: self.asked.seed,
         };
+        self.check_fit(names.len())?;
         let one = self.bytes_of_a_fit(names.len());
         let threads = at_a_time(&mut self.matrices, one, self.terms).map_err(|e| spill(&e))?;
+        let spilled = self.matrices.spilled();
         let work: Vec<(usize, Column)> = self
             .matrices
             .into_columns()
@@ -298,12 +314,7 @@ impl Training {
             .map(|(_, report, fitted)| weights_of(&report.hook, fitted))
             .collect::<Result<Vec<_>, _>>()?;
         let reports: Vec<Report> = done.into_iter().map(|(_, report, _)| report).collect();
-        let best = reports
-            .iter()
-            .rev()
-            .max_by(|a, b| a.merit().total_cmp(&b.merit()))
-            .map(|r| r.hook.clone())
-            .unwrap_or_default();
+        let best = best(&reports);
         let info = self.handle.info();
         Ok(Trained {
             card: Card {
@@ -325,6 +336,7 @@ impl Training {
                 tensors: TensorFile::default(),
             },
             weights: weights.into_iter().flatten().collect(),
+            spilled,
         })
     }
 
@@ -333,7 +345,12 @@ impl Training {
             return Split::unjudged(targets.len());
         }
         if !self.parts.iter().any(Option::is_some) {
-            return Split::drawn(targets, self.asked.test_fraction, self.asked.seed);
+            let Asked {
+                test_fraction,
+                seed,
+                ..
+            } = self.asked;
+            return Split::drawn(targets, &self.examples, test_fraction, seed);
         }
         let of = |part| -> Vec<usize> {
             let rows = self.parts.iter().enumerate();
@@ -360,6 +377,15 @@ fn of_directions(rows: &Rows) -> Result<(), EngineError> {
         ));
     }
     Ok(())
+}
+
+/// The hook point that does best; of equal ones the first.
+pub(super) fn best(reports: &[Report]) -> String {
+    let best = reports
+        .iter()
+        .rev()
+        .max_by(|a, b| a.merit().total_cmp(&b.merit()));
+    best.map(|r| r.hook.clone()).unwrap_or_default()
 }
 
 /// How many fits go on at a time beside what is held, which goes to the disk where no fit would find room.

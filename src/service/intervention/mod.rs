@@ -1,5 +1,6 @@
 //! `introspect.v1.InterventionService`, and the interventions that ride on the calls of others.
 
+mod circuit;
 mod from_proto;
 mod sweep;
 
@@ -84,6 +85,25 @@ impl InterventionService for Interventions {
         let work = sweep::answer(begun, call, sender);
         let messages = ReceiverStream::new(messages)
             .map(|m| m.map(|item| pb::SweepResponse { item: Some(item) }));
+        Ok(Response::new(Box::pin(driven(work, messages))))
+    }
+
+    type FindCircuitStream =
+        Pin<Box<dyn Stream<Item = Result<pb::FindCircuitResponse, Status>> + Send>>;
+
+    async fn find_circuit(
+        &self,
+        request: Request<pb::FindCircuitRequest>,
+    ) -> Result<Response<Self::FindCircuitStream>, Status> {
+        let call = Call::of(&request);
+        let ctx = call.ctx();
+        let begun = self.state.circuit(request.into_inner(), &call, &ctx).await;
+        let begun = begun.map_err(|e| status::status(&e))?;
+        let (sender, messages) = mpsc::channel(WAITING);
+        // Dropped with the stream: what it waits for is cancelled.
+        let work = circuit::answer(begun, call, sender);
+        let messages = ReceiverStream::new(messages)
+            .map(|m| m.map(|item| pb::FindCircuitResponse { item: Some(item) }));
         Ok(Response::new(Box::pin(driven(work, messages))))
     }
 }

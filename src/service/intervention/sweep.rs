@@ -1,8 +1,6 @@
 //! Sweeps: requests validated, answers streamed hook point by hook point.
 
-use std::time::Duration;
-
-use tokio::{sync::mpsc, time::MissedTickBehavior};
+use tokio::sync::mpsc;
 use tonic::Status;
 
 use super::from_proto::inputs;
@@ -20,6 +18,7 @@ use crate::{
         attribution::to_proto::{floats, quantity, term},
         call::Call,
         daemon::State,
+        driven::{ticking, ticks},
         explained::Explained,
         from_proto::{required_input, unknown},
         messages::{Ledger, Pieces},
@@ -36,8 +35,6 @@ const MOST_HOOKS: usize = 64;
 const MOST_AXES: usize = 4;
 /// Most receivers.
 const MOST_RECEIVERS: usize = 64;
-/// How often progress is told: at least twice a second.
-const TICK: Duration = Duration::from_millis(400);
 
 /// A sweep that has begun, and the record of its time.
 pub(super) struct Begun {
@@ -242,8 +239,7 @@ async fn told(
     (sender, ledger): (&mpsc::Sender<Result<Message, Status>>, &mut Ledger),
 ) -> Result<bool, EngineError> {
     let watch = started.watch();
-    let mut tick = tokio::time::interval_at(tokio::time::Instant::now() + TICK, TICK);
-    tick.set_missed_tick_behavior(MissedTickBehavior::Skip);
+    let mut tick = ticks();
     let mut messages = vec![Message::Header(header)];
     loop {
         for message in messages {
@@ -258,21 +254,8 @@ async fn told(
                 return Ok(false);
             }
         }
-        let next = {
-            let mut step = std::pin::pin!(started.next());
-            loop {
-                tokio::select! {
-                    next = &mut step => break next?,
-                    _ = tick.tick() => {
-                        // A reader that is behind gets the next one.
-                        if let Ok(room) = sender.try_reserve() {
-                            ledger.sent(&[]);
-                            room.send(Ok(progress(&watch.borrow(), call)));
-                        }
-                    }
-                }
-            }
-        };
+        let progress = || Message::Progress(progress(&watch.borrow(), call));
+        let next = ticking(started.next(), &mut tick, (sender, ledger), progress).await?;
         let Some((at, effects)) = next else { break };
         messages = tensors(started, at, &effects)?;
     }
@@ -285,12 +268,12 @@ async fn told(
     Ok(sender.send(Ok(Message::Result(result))).await.is_ok())
 }
 
-fn progress(partial: &Partial, call: &Call) -> Message {
-    Message::Progress(pb::SweepProgress {
+pub(super) fn progress(partial: &Partial, call: &Call) -> pb::SweepProgress {
+    pb::SweepProgress {
         rows_done: partial.rows_done,
         rows_planned: partial.rows_planned,
         elapsed_seconds: call.arrived.elapsed().as_secs_f64(),
-    })
+    }
 }
 
 /// What was found at a hook point.

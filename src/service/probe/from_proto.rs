@@ -17,7 +17,7 @@ use crate::{
     },
 };
 
-/// Most hook points that are named, most labels, most spans of an example.
+/// Most hook points that are named, most labels, most labelled spans or positions of an example.
 const MOST_NAMES: usize = 4096;
 const MOST_LABELS: usize = 1024;
 const MOST_SPANS: usize = 65_536;
@@ -34,26 +34,8 @@ pub(super) fn header(header: pb::TrainHeader) -> Result<Asked> {
     if !header.name.is_empty() {
         check_name(&header.name, "header.name")?;
     }
-    for (field, count, most) in [
-        ("header.hooks", header.hooks.len(), MOST_NAMES),
-        ("header.labels", header.labels.len(), MOST_LABELS),
-    ] {
-        if count > most {
-            return Err(EngineError::invalid(
-                field,
-                format!("has {count} entries: give at most {most}"),
-            ));
-        }
-    }
-    for (at, label) in header.labels.iter().enumerate() {
-        check_label(label, &format!("header.labels[{at}]"))?;
-        if header.labels[..at].contains(label) {
-            return Err(EngineError::invalid(
-                format!("header.labels[{at}]"),
-                format!("\"{label}\" stands there twice"),
-            ));
-        }
-    }
+    check_count(header.hooks.len(), MOST_NAMES, "header.hooks")?;
+    check_labels(&header.labels, "header.labels")?;
     let fraction = header.test_fraction;
     if !(fraction == 0.0 || fraction > 0.0 && fraction < 1.0) {
         return Err(EngineError::invalid(
@@ -171,6 +153,31 @@ fn how(kind: Option<pb::ProbeKind>) -> Result<Option<How>> {
     }))
 }
 
+fn check_count(count: usize, most: usize, field: &str) -> Result<()> {
+    if count > most {
+        return Err(EngineError::invalid(
+            field,
+            format!("has {count} entries: give at most {most}"),
+        ));
+    }
+    Ok(())
+}
+
+/// Names of classes: none twice.
+fn check_labels(labels: &[String], field: &str) -> Result<()> {
+    check_count(labels.len(), MOST_LABELS, field)?;
+    for (at, label) in labels.iter().enumerate() {
+        check_label(label, &format!("{field}[{at}]"))?;
+        if labels[..at].contains(label) {
+            return Err(EngineError::invalid(
+                format!("{field}[{at}]"),
+                format!("\"{label}\" stands there twice"),
+            ));
+        }
+    }
+    Ok(())
+}
+
 fn check_label(label: &str, field: &str) -> Result<()> {
     if label.is_empty() || label.len() > LABEL_LIMIT {
         return Err(EngineError::invalid(
@@ -205,32 +212,7 @@ pub(super) fn example(example: pb::Example) -> Result<Example> {
                 format!("is {number}: give a finite number"),
             ));
         }
-        Some(Of::Tokens(tokens)) => {
-            if tokens.spans.len() > MOST_SPANS {
-                return Err(EngineError::invalid(
-                    "tokens.spans",
-                    format!(
-                        "has {} spans: give at most {MOST_SPANS}",
-                        tokens.spans.len()
-                    ),
-                ));
-            }
-            let spans = tokens.spans.into_iter().enumerate();
-            Label::Spans(
-                spans
-                    .map(|(at, span)| {
-                        check_label(&span.label, &format!("tokens.spans[{at}].label"))?;
-                        if span.start >= span.end {
-                            return Err(EngineError::invalid(
-                                format!("tokens.spans[{at}]"),
-                                format!("is empty: from {} to {}", span.start, span.end),
-                            ));
-                        }
-                        Ok((span.start..span.end, span.label))
-                    })
-                    .collect::<Result<_>>()?,
-            )
-        }
+        Some(Of::Tokens(tokens)) => of_tokens(tokens)?,
     };
     let part = pb::Part::try_from(example.part).map_err(|_| unknown("part", example.part))?;
     Ok(Example {
@@ -242,6 +224,38 @@ pub(super) fn example(example: pb::Example) -> Result<Example> {
             pb::Part::Test => Some(Part::Test),
         },
     })
+}
+
+/// Classes of tokens: by spans or by positions.
+fn of_tokens(given: pb::TokenLabels) -> Result<Label> {
+    check_count(given.spans.len(), MOST_SPANS, "tokens.spans")?;
+    check_count(given.positions.len(), MOST_SPANS, "tokens.positions")?;
+    if given.positions.is_empty() {
+        let spans = given.spans.into_iter().enumerate();
+        let spans = spans.map(|(at, span)| {
+            check_label(&span.label, &format!("tokens.spans[{at}].label"))?;
+            if span.start >= span.end {
+                return Err(EngineError::invalid(
+                    format!("tokens.spans[{at}]"),
+                    format!("is empty: from {} to {}", span.start, span.end),
+                ));
+            }
+            Ok((span.start..span.end, span.label))
+        });
+        return Ok(Label::Spans(spans.collect::<Result<_>>()?));
+    }
+    if !given.spans.is_empty() {
+        return Err(EngineError::invalid(
+            "tokens.positions",
+            "label tokens by spans or by positions, not by both",
+        ));
+    }
+    let positions = given.positions.into_iter().enumerate();
+    let positions = positions.map(|(at, one)| {
+        check_label(&one.label, &format!("tokens.positions[{at}].label"))?;
+        Ok((one.position, one.label))
+    });
+    Ok(Label::Positions(positions.collect::<Result<_>>()?))
 }
 
 /// A probe by its plain weights.
@@ -257,9 +271,7 @@ pub(super) struct Plain {
 /// Weights that a caller brings.
 pub(super) fn linear(given: pb::LinearProbe) -> Result<Plain> {
     let rows = given.bias.len();
-    for (at, label) in given.labels.iter().enumerate() {
-        check_label(label, &format!("linear.labels[{at}]"))?;
-    }
+    check_labels(&given.labels, "linear.labels")?;
     if rows == 0 || given.weight.is_empty() || !given.weight.len().is_multiple_of(rows) {
         return Err(EngineError::invalid(
             "linear.weight",

@@ -25,9 +25,10 @@ use super::{
     },
 };
 use crate::{
-    engine::{Ctx, EngineError, Lane, ModelHandle},
+    engine::{Ctx, EngineError, Lane, ModelHandle, error::clean},
     methods::probe::{
         card::{self, Card, FORMAT, Report, TensorFile},
+        ready::reads,
         score::{self, Wanted},
         scorer::Scorer,
         store::{self, Store, Weights, check_name},
@@ -146,9 +147,19 @@ impl ProbeService for ProbesOf {
         &self,
         request: Request<pb::ExportProbeRequest>,
     ) -> Result<Response<pb::ExportProbeResponse>, Status> {
-        let pb::ExportProbeRequest { model, name } = request.into_inner();
+        let pb::ExportProbeRequest { model, name, hooks } = request.into_inner();
         let state = self.state.clone();
-        let files = on_disk(move || state.probes_of(&named(model)?)?.export(&name));
+        let files = on_disk(move || {
+            let model = named(model)?;
+            // Names of a model that serves; of another, those that the probe has.
+            let info = state.registry.get(&model).ok().map(|h| h.info().clone());
+            let canonical = |hook: String| {
+                let known = info.as_ref().and_then(|i| i.hook(&hook));
+                known.map_or(hook.clone(), |h| h.name.clone())
+            };
+            let hooks: Vec<String> = hooks.into_iter().map(canonical).collect();
+            state.probes_of(&model)?.export(&name, &hooks)
+        });
         let (description, tensors) = files.await?;
         Ok(Response::new(pb::ExportProbeResponse {
             files: Some(pb::ProbeFiles {
@@ -250,7 +261,7 @@ impl State {
         }
     }
 
-    /// The probes that a score names. Their files may have to be read, which is no work for the serving threads.
+    /// The probes that a score names. Their files may have to be looked at, which is no work for the serving threads.
     pub(super) async fn asked(
         &self,
         handle: &ModelHandle,
@@ -258,6 +269,13 @@ impl State {
         field: fn(usize) -> String,
     ) -> Result<Vec<score::Asked>, EngineError> {
         let info = handle.info().clone();
+        let at_hand = references.iter().enumerate().map(|(at, r)| {
+            let found = self.probes.at_hand(&info, (&r.name, &r.hook, r.force));
+            found.map(|f| f.map_err(|e| e.beneath(&field(at))))
+        });
+        if let Some(found) = at_hand.collect::<Option<Result<_, _>>>() {
+            return found;
+        }
         let (probes, store) = (self.probes.clone(), self.probes_of(&info.name)?);
         let found = tokio::task::spawn_blocking(move || {
             let named = references.iter().enumerate();
@@ -296,13 +314,22 @@ impl State {
                         described.model
                     )));
                 }
-                let fingerprint = info.fingerprint.clone();
-                let card = Card {
+                let mut card = Card {
                     name: request.name,
                     model: model.clone(),
-                    fingerprint,
-                    ..described
+                    fingerprint: info.fingerprint.clone(),
+                    ..described.clone()
                 };
+                if described.fingerprint != info.fingerprint {
+                    let from = format!(
+                        "taken by force from model \"{}\" of fingerprint {}",
+                        described.model, described.fingerprint
+                    );
+                    let from = clean(&from);
+                    card.reports
+                        .iter_mut()
+                        .for_each(|r| r.notes.push(from.clone()));
+                }
                 (card, weights)
             }
             Some(Given::Linear(linear)) => {
@@ -311,8 +338,9 @@ impl State {
             }
         };
         for report in &card.reports {
-            Scorer::of(&card, &weights, &report.hook)
+            let scorer = Scorer::of(&card, &weights, &report.hook)
                 .map_err(|e| EngineError::invalid("files.tensors", e.to_string()))?;
+            reads(info, &card.name, &report.hook, &scorer)?;
         }
         store.put(card, &weights, request.replace)
     }

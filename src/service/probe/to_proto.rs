@@ -75,11 +75,7 @@ fn classes(m: ClassMetrics) -> pb::ClassMetrics {
         confusion: m.confusion,
         codelength_bits: m.codelength_bits,
         compression: m.compression,
-        learning_curve: m
-            .learning_curve
-            .into_iter()
-            .map(|(examples, accuracy)| pb::CurvePoint { examples, accuracy })
-            .collect(),
+        learning_curve: curve(m.learning_curve),
         train_accuracy: m.train_accuracy,
     }
 }
@@ -92,7 +88,15 @@ fn numbers(m: NumberMetrics) -> pb::NumberMetrics {
         control_r_squared: m.control_r_squared,
         selectivity: m.selectivity,
         train_r_squared: m.train_r_squared,
+        r_squared_low: m.r_squared_low,
+        r_squared_high: m.r_squared_high,
+        learning_curve: curve(m.learning_curve),
     }
+}
+
+fn curve(points: Vec<(u64, f64)>) -> Vec<pb::CurvePoint> {
+    let point = |(examples, accuracy)| pb::CurvePoint { examples, accuracy };
+    points.into_iter().map(point).collect()
 }
 
 pub(super) fn scored(scored: Scored, total: std::time::Duration) -> pb::ScoreResponse {

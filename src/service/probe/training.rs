@@ -6,10 +6,11 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use futures::StreamExt as _;
+use metrics::counter;
 use tokio::{sync::mpsc, time::MissedTickBehavior};
 use tonic::{Status, Streaming};
 
@@ -35,6 +36,7 @@ use crate::{
         store::Store,
         train::{Terms, Trained, Training},
     },
+    telemetry::names,
 };
 
 /// How often progress is told: at least twice a second.
@@ -125,17 +127,18 @@ pub(super) async fn run(
             hooks: u32::try_from(training.plan().hooks.len()).unwrap_or(u32::MAX),
             ..pb::TrainProgress::default()
         },
+        timings: StageTimings::default(),
         call,
     };
     let done = work(&state, training, &store, requests, &mut told);
     match done.await {
         Ok(result) => {
             if told.send(Message::Result(result)).await.is_ok() {
-                let timings = StageTimings::default();
-                explained.answered(&timings);
+                explained.answered(&told.timings);
+                let total = told.call.arrived.elapsed();
                 let summary = pb::Summary {
                     messages: told.ledger.messages,
-                    timings: Some(common::timings(&timings, told.call.arrived.elapsed())),
+                    timings: Some(common::timings(&told.timings, total)),
                     rows: told.progress.examples_run,
                     ..pb::Summary::default()
                 };
@@ -154,6 +157,8 @@ struct Told {
     sender: Sender,
     ledger: Ledger,
     progress: pb::TrainProgress,
+    /// Of all examples; what fits took is `reduce`.
+    timings: StageTimings,
     call: Call,
 }
 
@@ -187,10 +192,14 @@ async fn work(
     let training = collect(state, training, requests, told, &mut tick).await?;
     let name = training.asked().name.clone();
     let replace = training.asked().replace;
+    let model = training.handle().info().name.clone();
+    let begun = Instant::now();
     let trained = fit(training, told, &mut tick).await?;
+    told.timings.reduce += begun.elapsed();
+    counter!(names::PROBE_SPILLED_BYTES, "model" => model).increment(trained.spilled);
     let stored = name.is_some();
     let card = if stored {
-        let (store, Trained { card, weights }) = (store.clone(), trained);
+        let (store, Trained { card, weights, .. }) = (store.clone(), trained);
         let put = tokio::task::spawn_blocking(move || store.put(card, &weights, replace));
         put.await.map_err(EngineError::internal)??
     } else {
@@ -212,6 +221,7 @@ async fn collect(
 ) -> Result<Training, EngineError> {
     let (handle, plan) = (training.handle().clone(), training.plan());
     let (call, limit) = (told.call.clone(), state.config.stall_limit);
+    let examples = counter!(names::PROBE_EXAMPLES, "model" => handle.info().name.clone());
     let received = AtomicU64::new(0);
     let heard = &received;
     let rows = requests
@@ -232,9 +242,13 @@ async fn collect(
                 let Some((at, rows)) = next else {
                     return Ok(training);
                 };
-                let pushed = rows.and_then(|rows| training.push(rows));
+                let pushed = rows.and_then(|rows| {
+                    told.timings += rows.timings;
+                    training.push(rows)
+                });
                 pushed.map_err(|e| e.beneath(&format!("examples[{at}]")))?;
                 told.progress.examples_run += 1;
+                examples.increment(1);
             }
             _ = tick.tick() => {
                 told.progress.examples_received = received.load(Ordering::Relaxed);
@@ -261,7 +275,7 @@ async fn example(
     };
     let example = from_proto::example(example)?;
     let ctx: Ctx = call.ctx();
-    let until = std::time::Instant::now() + limit;
+    let until = Instant::now() + limit;
     bulk::when_there_is_room(until, || {
         extract::extract(handle, plan, example.clone(), &ctx)
     })

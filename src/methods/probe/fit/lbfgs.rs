@@ -8,6 +8,9 @@ const CURVATURE: f64 = 0.9;
 /// Trials of a line search.
 const TRIALS: usize = 40;
 
+/// Vectors of the length of the point that a minimisation holds at its most.
+pub const VECTORS: usize = 2 * MEMORY + 8;
+
 /// Where a minimisation ended.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Minimum {

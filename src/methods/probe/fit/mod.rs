@@ -5,7 +5,7 @@
 //!   ridge             |y - X w - b|^2 + alpha |w|^2, the bias not penalised           scikit-learn's `Ridge`
 //!   mean difference   the mean of the second class minus that of the first, cut half way
 //!   pca               the direction of greatest variance, towards the second class or greater numbers, cut half way between the means
-//!   mlp               mean loss + alpha |W|^2 / 2 over a layer of ReLUs, L-BFGS from a seeded start
+//!   mlp               mean loss + alpha |W|^2 / 2 over a layer of ReLUs, of features that are made alike, L-BFGS from a seeded start
 //! ```
 
 mod lbfgs;
@@ -46,20 +46,37 @@ pub enum How {
 }
 
 impl How {
-    /// Bytes that fitting and judging takes for so many rows: the rows in double precision, scores, and what a kind copies or multiplies out.
+    /// Whether a softmax of its scores means anything.
+    pub fn gives_probabilities(&self) -> bool {
+        match self {
+            How::Logistic { .. } | How::Mlp { .. } => true,
+            How::Ridge { .. } | How::MeanDifference | How::Pca => false,
+        }
+    }
+
+    /// Bytes that fitting and judging takes for so many rows: the rows in double precision, scores, what a kind copies or multiplies out,
+    /// and what the optimiser remembers.
     pub fn bytes(&self, rows: usize, width: usize, outputs: usize) -> usize {
-        // With folds, rows are copied apart; ridge regression and PCA centre a copy.
-        let (of_a_row, square) = match self {
-            How::Logistic { choices, .. } if choices.is_empty() => (width, width.min(rows)),
-            How::Logistic { .. } => (2 * width, width.min(rows)),
-            How::Ridge { .. } | How::Pca => (2 * width, width.min(rows)),
-            How::MeanDifference => (width, 0),
-            How::Mlp { hidden, .. } => (width + 4 * hidden, 0),
+        let times = |a: usize, b: usize| a.saturating_mul(b);
+        let remembered = |parameters| times(lbfgs::VECTORS, parameters);
+        // With folds, rows are copied apart; ridge regression, PCA and MLPs change a copy.
+        let (of_a_row, square, optimiser) = match self {
+            How::Logistic { choices, .. } => {
+                let copies = if choices.is_empty() { 1 } else { 2 };
+                let remembered = remembered(times(outputs, width + 1));
+                (times(copies, width), width.min(rows), remembered)
+            }
+            How::Ridge { .. } | How::Pca => (2 * width, width.min(rows), 0),
+            How::MeanDifference => (width, 0, 0),
+            How::Mlp { hidden, .. } => {
+                let parameters = times(*hidden, width + outputs + 1).saturating_add(outputs);
+                (2 * width + 4 * hidden, 0, remembered(parameters))
+            }
         };
-        let numbers = (of_a_row.saturating_add(outputs))
-            .saturating_mul(rows)
-            .saturating_add(3 * square * square);
-        numbers.saturating_mul(size_of::<f64>())
+        let numbers = times(of_a_row.saturating_add(outputs), rows)
+            .saturating_add(3 * square * square)
+            .saturating_add(optimiser);
+        times(numbers, size_of::<f64>())
     }
 }
 
@@ -329,7 +346,19 @@ mod tests {
             c: 1.0,
             choices: Vec::new(),
         };
-        assert_eq!(logistic.bytes(1000, 10, 2), 8 * (1000 * 12 + 3 * 100));
+        let optimiser = lbfgs::VECTORS * 2 * 11;
+        assert_eq!(
+            logistic.bytes(1000, 10, 2),
+            8 * (1000 * 12 + 3 * 100 + optimiser)
+        );
+        let mlp = How::Mlp {
+            hidden: 4096,
+            alpha: 1e-4,
+        };
+        assert!(
+            mlp.bytes(10, 384, 2) > 20 * 8 * 4096 * 384,
+            "what is remembered of many weights"
+        );
         let ridge = How::Ridge { alpha: 1.0 };
         assert!(ridge.bytes(1000, 10, 1) > 2 * 8 * 1000 * 10);
         assert!(
