@@ -31,6 +31,7 @@ fn card(name: &str) -> Card {
             layer: None,
             classes: None,
             numbers: None,
+            direction: None,
             iterations: 1,
             converged: true,
             chosen_c: None,

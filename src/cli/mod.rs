@@ -29,6 +29,7 @@ mod out;
 pub mod picture;
 mod probe;
 mod serve;
+mod steer;
 mod sweep;
 mod text;
 
@@ -53,6 +54,7 @@ Examples:
     introspectd attribute bert \"Some text\"
     introspectd probe train bert --data labelled.tsv
     introspectd intervene bert \"Some text\" --edit 'z[layer=3;head=1] zero'
+    introspectd steer learn bert --name mood --positive \"I am glad.\" --negative \"I am sad.\"
     introspectd sweep bert \"Some text\"
     introspectd heads bert --detect induction_head
     introspectd neurons bert --text-file texts.txt --examples 5
@@ -97,6 +99,9 @@ enum Command {
     /// Change parts of a model while it runs, and see what that changes of its prediction
     #[command(after_help = intervene::EXAMPLES)]
     Intervene(Box<intervene::InterveneArgs>),
+    /// Learn directions from texts that differ in one thing, and push a model along them
+    #[command(after_help = steer::EXAMPLES)]
+    Steer(Box<steer::SteerArgs>),
     /// Change every head, layer, position or neuron by itself, and see which ones matter
     #[command(after_help = sweep::EXAMPLES)]
     Sweep(Box<sweep::SweepArgs>),
@@ -155,6 +160,7 @@ async fn run(command: &Command) -> Result<(), CliError> {
         Command::Attribute(args) => attribute::run(args).await,
         Command::Probe(args) => probe::run(args).await,
         Command::Intervene(args) => intervene::run(args).await,
+        Command::Steer(args) => steer::run(args).await,
         Command::Sweep(args) => sweep::run(args).await,
         Command::Circuit(args) => circuit::run(args).await,
         Command::Heads(args) => heads::run(args).await,

@@ -99,6 +99,26 @@ pub(in crate::cli) fn open(file: &Path) -> Result<Box<dyn Read + Send>, CliError
     Ok(Box::new(file_of_texts))
 }
 
+/// All lines of a file that are not blank.
+pub(in crate::cli) async fn lines(file: &Path) -> Result<Vec<Line>, CliError> {
+    let reader = open(file)?;
+    let (sender, mut queue) = mpsc::channel(AHEAD);
+    let reading = tokio::task::spawn_blocking(move || read(reader, &sender));
+    let mut lines = Vec::new();
+    while let Some(line) = queue.recv().await {
+        lines.push(line);
+    }
+    let read = reading.await;
+    read.map_err(|_| CliError::new("reading the texts was interrupted"))??;
+    if lines.is_empty() {
+        return Err(CliError::new(format!(
+            "there are no texts in \"{}\"",
+            file.display()
+        )));
+    }
+    Ok(lines)
+}
+
 /// Lines that will be sent, where the file can be read twice.
 fn count(file: &Path) -> Option<u64> {
     if !watched() || !file.is_file() {

@@ -197,7 +197,7 @@ impl FromStr for Numbers {
 }
 
 #[derive(ValueEnum, Clone, Copy, Debug)]
-enum PoolingArg {
+pub(in crate::cli) enum PoolingArg {
     /// Arithmetic mean
     Mean,
     /// The first position
@@ -209,7 +209,7 @@ enum PoolingArg {
 }
 
 impl PoolingArg {
-    fn wire(self) -> Pooling {
+    pub(in crate::cli) fn wire(self) -> Pooling {
         match self {
             PoolingArg::Mean => Pooling::Mean,
             PoolingArg::Cls => Pooling::Cls,

@@ -8,7 +8,6 @@ use std::{
 };
 
 use clap::{Args, ValueEnum};
-use tokio::sync::mpsc;
 use tonic::transport::Channel;
 
 use super::{
@@ -30,8 +29,6 @@ use crate::service::wire::introspect::{
 
 /// What a model adds to the tokens for their positions.
 const POSITIONS: &str = "hook_pos_embed";
-/// Lines of a file that are read before they are needed.
-const AHEAD: usize = 64;
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -196,7 +193,8 @@ pub(super) async fn run(args: &HeadsArgs) -> Result<(), CliError> {
     let mut inputs: Vec<pb::Input> = args.other.input()?.into_iter().collect();
     inputs.extend(args.text.iter().map(|text| args.texts.input(text)));
     if let Some(file) = &args.text_file {
-        inputs.extend(lines(args, file).await?);
+        let lines = bulk::lines(file).await?;
+        inputs.extend(lines.iter().map(|line| args.texts.input(&line.text)));
     }
     let (session, model) = Session::for_model(&args.target, &args.model).await?;
     let answered = async {
@@ -244,26 +242,6 @@ impl HeadsArgs {
             similarity,
         }
     }
-}
-
-/// The lines of a file as inputs.
-async fn lines(args: &HeadsArgs, file: &std::path::Path) -> Result<Vec<pb::Input>, CliError> {
-    let reader = bulk::open(file)?;
-    let (sender, mut lines) = mpsc::channel(AHEAD);
-    let reading = tokio::task::spawn_blocking(move || bulk::read(reader, &sender));
-    let mut inputs = Vec::new();
-    while let Some(line) = lines.recv().await {
-        inputs.push(args.texts.input(&line.text));
-    }
-    let read = reading.await;
-    read.map_err(|_| CliError::new("reading the texts was interrupted"))??;
-    if inputs.is_empty() {
-        return Err(CliError::new(format!(
-            "there are no texts in \"{}\"",
-            file.display()
-        )));
-    }
-    Ok(inputs)
 }
 
 /// Whether there is something to compare positions by.

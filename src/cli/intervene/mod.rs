@@ -1,7 +1,7 @@
 //! `intervene`: what a model says when parts of it are otherwise.
 
 pub(super) mod edit;
-mod show;
+pub(super) mod show;
 
 use clap::Args;
 use tonic::transport::Channel;
@@ -29,6 +29,7 @@ Examples:
   Steered along a stored probe's direction; and with that direction gone:
     introspectd intervene bert \"Some text\" --edit 'resid_post[layer=4] add probe:sentiment 3'
     introspectd intervene bert \"Some text\" --edit 'resid_post[layer=4] project-out probe:sentiment'
+  Directions of your own from texts that differ in one thing: see `introspectd steer --help`.
 Keys: layer, head, pos (negative ones from the end), key (of attentions), dim (neurons, dimensions). Operations: zero, scale N, set N,
 add N|probe:NAME [N], noise DEVIATION [SEED], clamp LOW HIGH, interchange [POS,...] (positions of the source, when it is of another length), project-out probe:NAME. What a vector cannot be written as is
 for clients: see `proto/introspect/v1/intervention.proto`. `introspectd inspect MODEL` shows the hook points that there are.";
@@ -63,7 +64,7 @@ pub(super) struct InterveneArgs {
 
 /// What came back.
 #[derive(Debug, Default)]
-struct Answer {
+pub(super) struct Answer {
     header: pb::CaptureHeader,
     original: Option<pb::Prediction>,
     modified: Option<pb::Prediction>,
@@ -108,7 +109,7 @@ pub(super) async fn run(args: &InterveneArgs) -> Result<(), CliError> {
 }
 
 /// One answer, complete.
-async fn intervene(
+pub(super) async fn intervene(
     mut client: InterventionServiceClient<Channel>,
     request: pb::InterveneRequest,
 ) -> Result<Answer, CliError> {

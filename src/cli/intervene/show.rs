@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// A table for each place of the prediction.
-pub(super) fn page(answer: &Answer) -> String {
+pub(in crate::cli) fn page(answer: &Answer) -> String {
     let mut text = String::new();
     for at in &answer.effect.at {
         if let Some(position) = at.position {
@@ -60,7 +60,7 @@ fn row(change: &pb::Change) -> Vec<String> {
 }
 
 /// Everything.
-pub(super) fn json(answer: &Answer) -> Value {
+pub(in crate::cli) fn json(answer: &Answer) -> Value {
     let at = answer.effect.at.iter().map(|at| {
         let changes = at.changes.iter().map(|c| {
             json!({

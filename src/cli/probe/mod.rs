@@ -2,6 +2,7 @@
 
 mod bulk;
 pub(super) mod data;
+pub(super) mod directions;
 mod linear;
 pub(super) mod show;
 mod stored;
@@ -269,6 +270,7 @@ async fn train(args: &TrainArgs) -> Result<(), CliError> {
         codelength: args.codelength,
         learning_curve: args.learning_curve,
         replace: args.replace,
+        ..pb::TrainHeader::default()
     };
     let bar = training::progress(io::stderr().is_terminal());
     let trained = training::train(session.probes(), header, examples, &bar).await;
@@ -350,8 +352,15 @@ fn ending(path: &Path) -> Result<Ending, CliError> {
 
 fn told(probe: &pb::Probe, output: Option<&Path>, json: bool) -> Result<(), CliError> {
     if let Some(path) = output {
+        let ending = ending(path)?;
+        if directions::unjudged(probe) && !matches!(ending, Ending::Json) {
+            return Err(CliError::new(
+                "these were judged by no example: there is no curve of them",
+            )
+            .advise("write a .json, or leave -o out"));
+        }
         let curve = show::curve(probe);
-        let bytes = match ending(path)? {
+        let bytes = match ending {
             Ending::Png => curve::png(&curve).map_err(|e| CliError::new(e.to_string()))?,
             Ending::Html => curve::html(&curve).into_bytes(),
             Ending::Json => format!("{}\n", show::json(probe)).into_bytes(),

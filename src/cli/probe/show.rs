@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 
+use super::directions;
 use crate::{
     cli::{
         capture, out,
@@ -15,6 +16,9 @@ const BAR: f64 = 24.0;
 
 /// A line for each hook point, the best marked.
 pub(in crate::cli) fn layers(probe: &pb::Probe) -> String {
+    if directions::unjudged(probe) {
+        return directions::layers(probe);
+    }
     let numbers = probe.labels.is_empty();
     let number = |v: Option<f64>| v.map_or(String::new(), |v| format!("{v:.3}"));
     let coded = probe.reports.iter().filter_map(|r| r.classes.as_ref());
@@ -251,6 +255,10 @@ fn report(report: &pb::ProbeReport) -> Value {
         told["selectivity"] = m.selectivity.into();
         told["train_r_squared"] = m.train_r_squared.into();
         told["learning_curve"] = points(&m.learning_curve);
+    }
+    if let Some(d) = &report.direction {
+        told["length"] = d.length.into();
+        told["separation"] = d.separation.into();
     }
     told
 }

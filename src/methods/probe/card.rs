@@ -125,6 +125,9 @@ pub struct Report {
     pub classes: Option<ClassMetrics>,
     /// For numbers.
     pub numbers: Option<NumberMetrics>,
+    /// For directions that nothing judged.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub direction: Option<Direction>,
     /// Steps of the optimiser.
     pub iterations: usize,
     /// Whether it converged.
@@ -177,11 +180,44 @@ pub struct NumberMetrics {
     pub learning_curve: Vec<(u64, f64)>,
 }
 
+/// What is known of a direction that was fitted on all examples.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs)] // documented in the proto, field by field
+pub struct Direction {
+    pub length: f64,
+    pub separation: Option<f64>,
+}
+
 impl Report {
-    /// By what hook points are compared: accuracy, or R squared.
+    /// By what hook points are compared: accuracy, R squared, or separation.
     pub fn merit(&self) -> f64 {
         let classes = self.classes.as_ref().map(|c| c.accuracy);
-        let merit = classes.or(self.numbers.as_ref().map(|n| n.r_squared));
+        let judged = classes.or(self.numbers.as_ref().map(|n| n.r_squared));
+        let merit = judged.or(self.direction.and_then(|d| d.separation));
         merit.unwrap_or(f64::NEG_INFINITY)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn descriptions_that_know_of_no_direction_still_read_and_are_still_written() {
+        let judged = serde_json::to_value(Report::default()).unwrap();
+        assert!(judged.get("direction").is_none(), "{judged}");
+        let read: Report = serde_json::from_value(judged).unwrap();
+        assert_eq!(read, Report::default());
+        let direction = Report {
+            direction: Some(Direction {
+                length: 2.0,
+                separation: None,
+            }),
+            ..Report::default()
+        };
+        let told = serde_json::to_value(&direction).unwrap();
+        let read: Report = serde_json::from_value(told).unwrap();
+        assert_eq!(read, direction);
     }
 }

@@ -95,14 +95,18 @@ pub enum Value {
     Number(f64),
 }
 
-/// Finds the hook points.
+/// Finds the hook points; with `layers`, of those that belong to a layer only these.
 ///
 /// # Errors
 /// Beneath `field`: names that mean nothing or that the model lacks, and hook points that are not `[batch, pos, features]`.
-pub fn hooks(info: &ModelInfo, names: &[String], field: &str) -> Result<Vec<Hook>, EngineError> {
+pub fn hooks(
+    info: &ModelInfo,
+    (names, layers): (&[String], &[u32]),
+    field: &str,
+) -> Result<Vec<Hook>, EngineError> {
     let default = [DEFAULT.to_owned()];
     let names = if names.is_empty() { &default } else { names };
-    let points = select::points(info, names, &[], field)?;
+    let points = select::points(info, names, layers, field)?;
     points
         .iter()
         .map(|point| match point {

@@ -5,11 +5,12 @@
 //!   input ────▶ score: one run, early exit ─▶ scorer, for each probe that is asked
 //! ```
 //!
-//! - [`train`] puts a training together; [`fit`] has every kind of probe, [`judge`] and [`metrics`] what is said of it;
+//! - [`train`] puts a training together; [`fit`] has every kind of probe, [`judge`] and [`metrics`] what is said of it, [`direction`] what is judged by nothing;
 //! - [`store`] keeps probes on the disk as [`card`] and weights, [`ready`] keeps those that are used in memory;
 //! - [`score`] runs inputs, [`scorer`] does the arithmetic.
 
 pub mod card;
+pub mod direction;
 pub mod extract;
 pub mod fit;
 pub mod judge;

@@ -15,6 +15,7 @@ use sha2::{Digest as _, Sha256};
 pub use super::fit::How;
 use super::{
     card::{self, Card, FORMAT, Kind, Report, TensorFile},
+    direction::direction,
     extract::{self, Part, Plan, Rows, Value},
     fit::{Fitted, Targets},
     judge::{self, Judgement, Split, judge},
@@ -37,6 +38,8 @@ pub struct Asked {
     pub name: Option<String>,
     /// Hook points; empty for all hidden states.
     pub hooks: Vec<String>,
+    /// Of these layers only; empty for all.
+    pub layers: Vec<u32>,
     /// How positions become one vector.
     pub pooling: Pooling,
     /// What is trained; by the labels unless said.
@@ -53,6 +56,8 @@ pub struct Asked {
     pub codelength: bool,
     /// The learning curve, too.
     pub learning_curve: bool,
+    /// All examples are trained on and none judges: a direction of two classes.
+    pub unjudged: bool,
     /// A probe of the same name may be replaced.
     pub replace: bool,
 }
@@ -102,7 +107,7 @@ impl Training {
     /// # Errors
     /// Beneath `header`: hook points that no probe can read.
     pub fn begin(handle: ModelHandle, asked: Asked, terms: Terms) -> Result<Self, EngineError> {
-        let hooks = extract::hooks(handle.info(), &asked.hooks, "header")?;
+        let hooks = extract::hooks(handle.info(), (&asked.hooks, &asked.layers), "header")?;
         Ok(Self {
             matrices: Matrices::new(hooks.len(), terms.memory),
             terms,
@@ -139,7 +144,7 @@ impl Training {
     /// Adds what an example gave.
     ///
     /// # Errors
-    /// Beneath the example: labels of another kind than before, or that the header does not name; [`EngineError::ResourceExhausted`] when the
+    /// Beneath the example: labels of another kind than before, that the header does not name, or that nothing unjudged has; [`EngineError::ResourceExhausted`] when the
     /// disk does not take what memory does not hold.
     pub fn push(&mut self, rows: Rows) -> Result<(), EngineError> {
         let first = self.tokens.get_or_insert(rows.of_tokens);
@@ -148,6 +153,9 @@ impl Training {
                 "tokens",
                 "labels tokens, where others label whole inputs: every example of a training has the same kind of label",
             ));
+        }
+        if self.asked.unjudged {
+            of_directions(&rows)?;
         }
         for value in &rows.labels {
             let same = match (value, self.labels.first()) {
@@ -261,14 +269,18 @@ impl Training {
             let hook = &self.plan.hooks[at];
             let rows = rows_of(column, hook.width, &split).map_err(|e| spill(&e))?;
             let stopped = || stop.load(Ordering::Relaxed);
-            let judged = judge(
-                &how,
-                &rows,
-                (&targets, &self.types),
-                &split,
-                judgement,
-                &stopped,
-            );
+            let judged = if self.asked.unjudged {
+                direction(&how, rows.train.view(), &targets, self.asked.seed, &stopped)
+            } else {
+                judge(
+                    &how,
+                    &rows,
+                    (&targets, &self.types),
+                    &split,
+                    judgement,
+                    &stopped,
+                )
+            };
             if stopped() {
                 return Err(EngineError::Cancelled);
             }
@@ -329,6 +341,9 @@ impl Training {
     }
 
     fn split(&self, targets: &Targets) -> Split {
+        if self.asked.unjudged {
+            return Split::unjudged(targets.len());
+        }
         if !self.parts.iter().any(Option::is_some) {
             let Asked {
                 test_fraction,
@@ -345,6 +360,23 @@ impl Training {
         };
         Split::said(&of(Part::Train), of(Part::Test), self.asked.seed)
     }
+}
+
+/// Whether a direction that nothing judges can come of an example.
+fn of_directions(rows: &Rows) -> Result<(), EngineError> {
+    if rows.part.is_some() {
+        return Err(EngineError::invalid(
+            "part",
+            "is said, and the header says that all examples are trained on: leave it out",
+        ));
+    }
+    if rows.labels.iter().any(|v| matches!(v, Value::Number(_))) {
+        return Err(EngineError::invalid(
+            "number",
+            "is no class: what nothing judges leads from one class to another",
+        ));
+    }
+    Ok(())
 }
 
 /// The hook point that does best; of equal ones the first.

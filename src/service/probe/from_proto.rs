@@ -43,10 +43,21 @@ pub(super) fn header(header: pb::TrainHeader) -> Result<Asked> {
             format!("is {fraction}: give a part between 0 and 1"),
         ));
     }
+    let how = how(header.kind)?;
+    if header.unjudged {
+        let fraction = header.test_fraction;
+        let given = [
+            ("codelength", header.codelength),
+            ("learning_curve", header.learning_curve),
+            ("test_fraction", fraction != 0.0),
+        ];
+        unjudged(how.as_ref(), given)?;
+    }
     Ok(Asked {
-        how: how(header.kind)?,
+        how,
         name: (!header.name.is_empty()).then_some(header.name),
         hooks: header.hooks,
+        layers: header.layers,
         pooling: pooling(header.pooling, "header.pooling")?.unwrap_or(Pooling::Mean),
         labels: header.labels,
         seed: header.seed,
@@ -54,8 +65,31 @@ pub(super) fn header(header: pb::TrainHeader) -> Result<Asked> {
         control: !header.skip_control,
         codelength: header.codelength,
         learning_curve: header.learning_curve,
+        unjudged: header.unjudged,
         replace: header.replace,
     })
+}
+
+/// Whether something can go without being judged. `given` are fields that ask for a judgement.
+fn unjudged(how: Option<&How>, given: [(&str, bool); 3]) -> Result<()> {
+    match how {
+        Some(How::MeanDifference | How::Pca) => {}
+        Some(How::Logistic { .. } | How::Ridge { .. } | How::Mlp { .. }) | None => {
+            return Err(EngineError::invalid(
+                "header.unjudged",
+                "is for directions: give the kind mean_difference or pca",
+            ));
+        }
+    }
+    for (field, given) in given {
+        if given {
+            return Err(EngineError::invalid(
+                format!("header.{field}"),
+                "needs examples that are held out, and with unjudged there are none: leave it out",
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn how(kind: Option<pb::ProbeKind>) -> Result<Option<How>> {

@@ -352,7 +352,7 @@ impl State {
         plain: from_proto::Plain,
     ) -> Result<(Card, Weights), EngineError> {
         let hooks = [plain.hook];
-        let mut found = crate::methods::probe::extract::hooks(info, &hooks, "linear")?;
+        let mut found = crate::methods::probe::extract::hooks(info, (&hooks, &[]), "linear")?;
         let (Some(hook), true) = (found.pop(), found.is_empty()) else {
             return Err(EngineError::invalid(
                 "linear.hook",

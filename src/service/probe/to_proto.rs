@@ -3,7 +3,7 @@
 use super::super::{to_proto::prediction, wire::introspect as pb};
 use crate::methods::{
     probe::{
-        card::{Card, ClassMetrics, NumberMetrics, Report},
+        card::{Card, ClassMetrics, Direction, NumberMetrics, Report},
         score::{Scored, Scores},
         scorer::Says,
     },
@@ -45,11 +45,19 @@ pub(super) fn report(report: Report) -> pb::ProbeReport {
         layer: report.layer.and_then(|l| u32::try_from(l).ok()),
         classes: report.classes.map(classes),
         numbers: report.numbers.map(numbers),
+        direction: report.direction.map(direction),
         iterations: u32::try_from(report.iterations).unwrap_or(u32::MAX),
         converged: report.converged,
         chosen_c: report.chosen_c,
         seconds: report.seconds,
         notes: report.notes,
+    }
+}
+
+fn direction(d: Direction) -> pb::DirectionMetrics {
+    pb::DirectionMetrics {
+        length: d.length,
+        separation: d.separation,
     }
 }
 
