@@ -79,9 +79,18 @@ pub fn enter(
         let input = state_input(name);
         let dims = vec![Dim::Unknown; hook.axes.len()];
         let state = patch.input(&input, hook.dtype, dims)?;
-        let there = canonical_like(&mut patch, (model, anatomy), &hook, hook.value)?;
-        let value = there.back(&mut patch, state);
-        patch.shunt(hook.value, value);
+        let (mut value, mut failed) = (state, None);
+        // The way back may ask the value for its shape: it alone goes on reading what stood there.
+        patch.intercept(hook.value, |patch, raw| {
+            match canonical_like(patch, (model, anatomy), &hook, raw) {
+                Ok(there) => value = there.back(patch, state),
+                Err(why) => failed = Some(why),
+            }
+            value
+        });
+        if let Some(why) = failed {
+            return Err(why);
+        }
         entered.push((hook.value, value));
         points.push(Entry {
             name: name.clone(),
