@@ -22,7 +22,7 @@ use super::{
     intervention::Interventions,
     listener::{self, Limits},
     models::Models,
-    probe::ProbesOf,
+    probe::{ProbesOf, Trainings},
     watched::Stalls,
     wire::{
         self, inference::grpc_inference_service_server as oip, introspect::analysis_service_server,
@@ -120,6 +120,7 @@ pub(super) struct State {
     pub(super) config: Config,
     pub(super) statistics: Statistics,
     pub(super) probes: Arc<Probes>,
+    pub(super) trainings: Trainings,
     ready: watch::Receiver<bool>,
 }
 
@@ -169,6 +170,7 @@ impl Daemon {
             registry: registry.clone(),
             statistics: Statistics::default(),
             probes: Arc::new(Probes::new(config.probes.clone())),
+            trainings: Trainings::default(),
             ready: readiness.clone(),
             config: config.clone(),
         });
