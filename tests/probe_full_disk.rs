@@ -23,6 +23,7 @@ fn card(name: &str) -> Card {
         model: "m".to_owned(),
         fingerprint: "f".to_owned(),
         kind: Kind::Logistic,
+        options: BTreeMap::new(),
         labels: vec!["no".to_owned(), "yes".to_owned()],
         pooling: None,
         best: HOOK.to_owned(),

@@ -163,6 +163,8 @@ async fn a_probe_is_trained_at_every_layer_stored_and_scored() {
     assert_eq!(probe.labels, ["bad", "good"]);
     assert_eq!((probe.train_examples, probe.test_examples), (128, 32));
     assert_eq!(probe.kind, "logistic");
+    let options = [("c".to_owned(), 1.0), ("test_fraction".to_owned(), 0.2)];
+    assert_eq!(probe.options, options.into_iter().collect());
     let hooks: Vec<&str> = probe.reports.iter().map(|r| r.hook.as_str()).collect();
     assert_eq!(hooks.len(), 5, "{hooks:?}");
     assert_eq!(
@@ -1028,6 +1030,42 @@ async fn a_caller_that_leaves_ends_a_training_and_leaves_nothing() {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     assert!(!d.repository.path().join(MODEL).join("probes").exists());
+    d.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn more_trainings_than_there_is_room_for_are_told_to_come_back() {
+    let d = demo().await;
+    let mut client = client(&d).await;
+    let mut open = Vec::new();
+    for at in 0..5 {
+        let (sender, requests) = tokio::sync::mpsc::channel(1);
+        let item = pb::TrainRequest {
+            item: Some(Asked::Header(header(""))),
+        };
+        sender.send(item).await.unwrap();
+        let requests = tokio_stream::wrappers::ReceiverStream::new(requests);
+        match client.train(requests).await {
+            Ok(stream) => open.push((sender, stream)),
+            Err(refused) => {
+                assert_eq!(
+                    (at, refused.code()),
+                    (4, Code::ResourceExhausted),
+                    "{refused}"
+                );
+                assert!(refused.get_details_retry_info().is_some());
+            }
+        }
+    }
+    assert_eq!(open.len(), 4);
+    drop(open);
+    // Those who left make room.
+    let begun = std::time::Instant::now();
+    while let Err(refused) = train(&d, header(""), praise(40)).await {
+        assert_eq!(refused.code(), Code::ResourceExhausted, "{refused}");
+        assert!(begun.elapsed() < Duration::from_secs(5), "{refused}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
     d.stop().await;
 }
 

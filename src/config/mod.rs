@@ -110,7 +110,7 @@ settings! {
     lenses: Option<PathBuf> = "beside", "INTROSPECTD_LENSES", "DIR", parse::folder_or_beside,
         "Folder of tuned lenses, a folder for each model; or \"beside\": in the folder \"lenses\" of each model";
     probe_memory: usize = "1GiB", "INTROSPECTD_PROBE_MEMORY", "SIZE", parse::size,
-        "Memory for the vectors of a training's examples, and for its fits; more vectors go to temporary files, and a fit that takes more is refused";
+        "Memory for the vectors of a training's examples, and for its fits, of four trainings at most; more vectors go to temporary files, and a fit that takes more is refused";
     max_message: usize = "4MiB", "INTROSPECTD_MAX_MESSAGE", "SIZE", parse::message_size,
         "Largest message that is accepted, after decompression";
     max_connections: usize = "1024", "INTROSPECTD_MAX_CONNECTIONS", "N", parse::positive,

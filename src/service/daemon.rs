@@ -22,7 +22,7 @@ use super::{
     intervention::Interventions,
     listener::{self, Limits},
     models::Models,
-    probe::ProbesOf,
+    probe::{ProbesOf, Trainings},
     watched::Stalls,
     wire::{
         self, inference::grpc_inference_service_server as oip, introspect::analysis_service_server,
@@ -121,6 +121,7 @@ pub(super) struct State {
     pub(super) statistics: Statistics,
     pub(super) probes: Arc<Probes>,
     pub(super) means: Means,
+    pub(super) trainings: Trainings,
     ready: watch::Receiver<bool>,
 }
 
@@ -171,6 +172,7 @@ impl Daemon {
             statistics: Statistics::default(),
             probes: Arc::new(Probes::new(config.probes.clone())),
             means: Means::default(),
+            trainings: Trainings::default(),
             ready: readiness.clone(),
             config: config.clone(),
         });

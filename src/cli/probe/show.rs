@@ -201,6 +201,7 @@ pub(in crate::cli) fn json(probe: &pb::Probe) -> Value {
         "best": probe.best,
         "pooling": pooling(probe),
         "made_by": probe.made_by,
+        "options": probe.options,
         "train_examples": probe.train_examples,
         "test_examples": probe.test_examples,
         "split": probe.split,

@@ -1,6 +1,9 @@
 //! What is known of a stored probe: `probe.json`.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::{
+    collections::BTreeMap,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -50,6 +53,9 @@ pub struct Card {
     pub fingerprint: String,
     /// What was trained.
     pub kind: Kind,
+    /// With which options, by their names: `c`, `alpha`, `hidden`, `test_fraction`.
+    #[serde(default)]
+    pub options: BTreeMap<String, f64>,
     /// Names of the classes, in the order of their scores; empty for numbers.
     pub labels: Vec<String>,
     /// How positions become one vector; none where each token is scored.

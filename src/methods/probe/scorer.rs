@@ -249,6 +249,7 @@ mod tests {
             model: "m".into(),
             fingerprint: String::new(),
             kind,
+            options: std::collections::BTreeMap::new(),
             labels: labels.iter().map(|l| (*l).to_owned()).collect(),
             pooling: None,
             best: "h".into(),

@@ -247,6 +247,7 @@ impl Training {
         let how = self.how();
         let split = self.split(&targets);
         let named = split_name(&split);
+        let options = self.options(&how);
         let judgement = Judgement {
             control: self.asked.control,
             codelength: self.asked.codelength,
@@ -323,6 +324,7 @@ impl Training {
                 model: info.name.clone(),
                 fingerprint: info.fingerprint.clone(),
                 kind: kind(&how),
+                options,
                 labels: names,
                 pooling: (self.tokens != Some(true)).then_some(self.asked.pooling),
                 best,
@@ -338,6 +340,20 @@ impl Training {
             weights: weights.into_iter().flatten().collect(),
             spilled,
         })
+    }
+
+    /// Where the caller says which examples judge, there is no fraction; where C is chosen, the reports have it.
+    fn options(&self, how: &How) -> BTreeMap<String, f64> {
+        let drawn = !self.parts.iter().any(Option::is_some);
+        let fraction = drawn.then_some(("test_fraction", self.asked.test_fraction));
+        let of_kind = match how {
+            How::Logistic { c, choices } if choices.is_empty() => vec![("c", *c)],
+            How::Logistic { .. } | How::MeanDifference | How::Pca => Vec::new(),
+            How::Ridge { alpha } => vec![("alpha", *alpha)],
+            How::Mlp { hidden, alpha } => vec![("hidden", *hidden as f64), ("alpha", *alpha)],
+        };
+        let all = of_kind.into_iter().chain(fraction);
+        all.map(|(name, value)| (name.to_owned(), value)).collect()
     }
 
     fn split(&self, targets: &Targets) -> Split {

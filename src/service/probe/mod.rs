@@ -4,6 +4,8 @@ mod from_proto;
 mod to_proto;
 mod training;
 
+pub(super) use training::Trainings;
+
 use std::{collections::BTreeMap, pin::Pin, sync::Arc};
 
 use futures::{Stream, StreamExt as _};
@@ -390,6 +392,7 @@ impl State {
             model: info.name.clone(),
             fingerprint: info.fingerprint.clone(),
             kind: plain.kind,
+            options: BTreeMap::new(),
             labels: plain.labels,
             pooling: plain.pooling,
             best: hook.name.clone(),

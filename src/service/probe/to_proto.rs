@@ -26,6 +26,7 @@ pub(super) fn probe(card: Card) -> pb::Probe {
         seed: card.seed,
         created: card.created,
         made_by: card.made_by,
+        options: card.options.into_iter().collect(),
     }
 }
 

@@ -11,7 +11,10 @@ use std::{
 
 use futures::StreamExt as _;
 use metrics::counter;
-use tokio::{sync::mpsc, time::MissedTickBehavior};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    time::MissedTickBehavior,
+};
 use tonic::{Status, Streaming};
 
 use super::{
@@ -39,6 +42,31 @@ use crate::{
     telemetry::names,
 };
 
+/// Trainings at a time: each may take as much memory as one may, and fits keep every core busy.
+const MOST: usize = 4;
+/// When to ask again where there are so many.
+const COME_BACK: Duration = Duration::from_secs(5);
+
+/// The trainings that are under way in this daemon.
+#[derive(Clone)]
+pub(in crate::service) struct Trainings(Arc<Semaphore>);
+
+impl Default for Trainings {
+    fn default() -> Self {
+        Self(Arc::new(Semaphore::new(MOST)))
+    }
+}
+
+impl Trainings {
+    fn one_more(&self) -> Result<OwnedSemaphorePermit, EngineError> {
+        let permit = self.0.clone().try_acquire_owned();
+        permit.map_err(|_| {
+            let message = format!("{MOST} trainings of probes are under way: try again later");
+            EngineError::exhausted(message, Some(COME_BACK))
+        })
+    }
+}
+
 /// How often progress is told: at least twice a second.
 const TICK: Duration = Duration::from_millis(400);
 
@@ -49,6 +77,8 @@ pub(super) struct Begun {
     training: Training,
     store: Store,
     explained: Explained,
+    /// Held until it ends.
+    place: OwnedSemaphorePermit,
 }
 
 /// Reads the header.
@@ -78,13 +108,15 @@ pub(super) fn begin(
             max_bytes: state.config.max_capture,
             threads: threads(),
         };
-        Ok((Training::begin(handle, asked, terms)?, store))
+        let training = Training::begin(handle, asked, terms)?;
+        Ok((training, store, state.trainings.one_more()?))
     })();
     match begun {
-        Ok((training, store)) => Ok(Begun {
+        Ok((training, store, place)) => Ok(Begun {
             training,
             store,
             explained,
+            place,
         }),
         Err(error) => {
             explained.failed(&error);
@@ -119,6 +151,7 @@ pub(super) async fn run(
         training,
         store,
         explained,
+        place: _place,
     } = begun;
     let mut told = Told {
         sender,
