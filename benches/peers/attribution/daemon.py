@@ -1,4 +1,4 @@
-"""The daemon as an operator starts it, and a client of its AttributionService."""
+"""The daemon as an operator starts it, a client of its AttributionService, and its metrics."""
 import json
 import os
 import pathlib
@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+import urllib.request
 
 import grpc
 import numpy as np
@@ -55,14 +56,14 @@ class Daemon:
             for file in FILES:
                 if (pathlib.Path(folder) / file).is_file():
                     shutil.copyfile(pathlib.Path(folder) / file, into / file)
-        command = [binary, "serve", "--models", self.repository.name, "--listen", "127.0.0.1:0", "--admin-listen", "off"]
+        command = [binary, "serve", "--models", self.repository.name, "--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"]
         command += ["--threads", str(threads), "--log-format", "json"]
         self.log = open(pathlib.Path(work) / "daemon.log", "w+")
         self.process = subprocess.Popen(command, stderr=self.log)
 
     def __enter__(self):
         try:
-            self.address = self.ready()
+            self.address, self.admin = self.ready()
         except BaseException:
             self.__exit__()
             raise
@@ -76,7 +77,7 @@ class Daemon:
             lines = pathlib.Path(self.log.name).read_text().splitlines(keepends=True)
             entries = [json.loads(line) for line in lines if line.endswith("}\n")]
             if any(entry.get("message") == "ready" for entry in entries):
-                return next(entry["grpc"] for entry in entries if "grpc" in entry)
+                return next((entry["grpc"], entry["admin"]) for entry in entries if "grpc" in entry)
             time.sleep(0.1)
         raise SystemExit(f"the daemon did not become ready:\n{pathlib.Path(self.log.name).read_text()}")
 
@@ -104,6 +105,12 @@ class Daemon:
         (worker,) = self.workers()
         lines = pathlib.Path(f"/proc/{worker}/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+    def counter(self, name):
+        """The sum over the labels of a counter."""
+        with urllib.request.urlopen(f"http://{self.admin}/metrics") as page:
+            lines = page.read().decode().splitlines()
+        return int(sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((name + "{", name + " "))))
 
     def attribute(self, model, ids=None, baseline=None, text=None, target=None, **method):
         """`method` is one field of `Method`. `ids` and `baseline` are rows of one."""

@@ -19,9 +19,9 @@ class Peer:
     folder: pathlib.Path
     model: torch.nn.Module
 
-    def ids(self, tokens):
+    def ids(self, tokens, seed=0):
         """A row of so many tokens, and its baseline: padding between the first and the last."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(1000, self.model.config.vocab_size - 1, (1, tokens), generator=generator)
         baseline = torch.full_like(ids, PAD)
         baseline[:, [0, -1]] = ids[:, [0, -1]]

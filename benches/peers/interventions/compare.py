@@ -1,4 +1,5 @@
-"""Ablation of every head by the daemon and by PyTorch with hooks, and rows a second beside the bare runtime; prints a table. Started by `run`."""
+"""Sweeps over every head: ablation beside PyTorch with hooks, attribution patching beside activation patching, rows a second beside the bare
+runtime, and what has to be built for them; prints a table. Started by `run`."""
 import argparse
 import os
 import pathlib
@@ -18,8 +19,10 @@ from introspect.v1 import intervene_pb2_grpc
 
 HOOK = "attn.hook_z"
 SIZES = [1, 2, 4, 8, 16, 32]  # of the bare runtime's batches
+TRIAL_ROWS, TRIAL_LAYERS = 32, 2  # to choose among batches
 AGREE = 1e-3  # of the largest effect: what is compared must be the same thing
-ALL = ["sweep", "engine"]
+ALL = ["sweep", "estimate", "engine", "variants"]
+BUILDS = "introspectd_variant_builds_total"
 
 
 def arguments():
@@ -38,23 +41,26 @@ class Ours:
 
     def __init__(self, daemon, peer, ids):
         self.stub = intervene_pb2_grpc.InterventionServiceStub(daemon.channel)
-        self.request = pb.SweepRequest(model=peer.name, hooks=[HOOK], by=[pb.SWEEP_AXIS_HEAD])
+        self.request = pb.SweepRequest(model=peer.name, hooks=[HOOK])
         self.request.input.tokens.ids.extend(ids[0].tolist())
         self.request.target.choice.index = peers.TARGET
 
-    def zero(self):
-        """Every head set to zero by itself."""
-        request = pb.SweepRequest()
-        request.CopyFrom(self.request)
-        request.zero.SetInParent()
+    def sweep(self, by=(pb.SWEEP_AXIS_HEAD,), source=None, **fields):
+        """Every part set to zero by itself, or patched from the source."""
+        request = pb.SweepRequest(by=by, **fields)
+        request.MergeFrom(self.request)
+        if source is None:
+            request.zero.SetInParent()
+        else:
+            request.patch.tokens.ids.extend(source[0].tolist())
         started = time.perf_counter()
         return Answer(self.stub.Sweep(request), started)
 
 
-def effects(answer):
+def grid(answer, what="effects"):
     """`[layer, head]`."""
     hooks = answer.header.hooks
-    return np.stack([answer.tensors[f"effects:{hook}"].astype(np.float64) for hook in hooks])
+    return np.stack([answer.tensors[f"{what}:{hook}"].astype(np.float64) for hook in hooks])
 
 
 class Theirs:
@@ -66,36 +72,72 @@ class Theirs:
         self.layers = [layer.attention.output.dense for layer in peer.model.base_model.encoder.layer]
         self.heads, self.width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
 
-    def zeroed(self, layer, heads):
-        """The number with each of these heads of the layer set to zero, one row for each head."""
+    def changed(self, layer, heads, new):
+        """The number with each of these heads of the layer as it is in `new`, `[token, width of all heads]`, one row for each head."""
 
-        def without(_module, given):
+        def hook(_module, given):
             z = given[0].clone()
             for row, head in enumerate(heads):
-                z[row, :, head * self.width : (head + 1) * self.width] = 0
+                own = slice(head * self.width, (head + 1) * self.width)
+                z[row, :, own] = new[:, own]
             return (z, *given[1:])
 
-        handle = self.layers[layer].register_forward_pre_hook(without)
+        handle = self.layers[layer].register_forward_pre_hook(hook)
         try:
             return self.peer.of_ids(self.ids.expand(len(heads), -1))
         finally:
             handle.remove()
 
     @torch.inference_mode()
-    def zero(self, together=1):
-        """`[layer, head]`; so many heads of a layer in one batch."""
+    def effects(self, new, together):
+        """`[layer, head]`, of as many layers as `new` has; so many heads of a layer in one batch."""
         plain = self.peer.of_ids(self.ids)
         starts = range(0, self.heads, together)
         groups = [list(range(start, min(start + together, self.heads))) for start in starts]
-        found = [torch.cat([self.zeroed(layer, group) for group in groups]) - plain for layer in range(len(self.layers))]
+        found = [torch.cat([self.changed(layer, group, new[layer]) for group in groups]) - plain for layer in range(len(new))]
         return torch.stack(found).double().numpy()
 
+    def zero(self, together=1, layers=None):
+        zero = torch.zeros(self.ids.shape[1], self.heads * self.width)
+        return self.effects([zero] * (layers or len(self.layers)), together)
+
+    def seen(self, ids, differentiable=False):
+        """The number, and what stands in front of each projection, `[1, token, width of all heads]`."""
+        seen = []
+
+        def hook(_module, given):
+            z = given[0].requires_grad_() if differentiable and not seen else given[0]
+            seen.append(z)
+            return (z, *given[1:])
+
+        handles = [layer.register_forward_pre_hook(hook) for layer in self.layers]
+        try:
+            return self.peer.of_ids(ids), seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.inference_mode()
+    def patched(self, source, together):
+        """Activation patching."""
+        _, seen = self.seen(source)
+        return self.effects([z[0] for z in seen], together)
+
+    def estimated(self, source):
+        """Attribution patching."""
+        with torch.no_grad():
+            _, new = self.seen(source)
+        value, old = self.seen(self.ids, differentiable=True)
+        gradients = torch.autograd.grad(value.sum(), old)
+        terms = [((n - x.detach()) * g)[0].double() for n, x, g in zip(new, old, gradients)]
+        return torch.stack([t.reshape(-1, self.heads, self.width).sum((0, 2)) for t in terms]).numpy()
+
     def fastest(self):
-        """How many heads of a layer together are fastest, and what that took."""
+        """How many heads of a layer together are fastest."""
         sizes = [size for size in range(1, self.heads + 1) if self.heads % size == 0]
-        took = {size: timed(lambda: self.zero(size))[0] for size in sizes}
+        took = {size: timed(lambda: self.zero(size, TRIAL_LAYERS))[0] for size in sizes}
         best = min(took, key=took.get)
-        note(f"heads of a layer in one batch, chosen: {best}; seconds by size: " + ", ".join(f"{s}: {t:.2f}" for s, t in took.items()))
+        note(f"heads of a layer in one batch, chosen: {best}; seconds of {TRIAL_LAYERS} layers by size: " + ", ".join(f"{s}: {t:.2f}" for s, t in took.items()))
         return best
 
 
@@ -117,8 +159,9 @@ class Bare:
             self.session.run(["logits"], given)
         return time.perf_counter() - started
 
-    def fastest(self, rows):
-        self.run(max(SIZES), max(SIZES))
+    def fastest(self):
+        rows = TRIAL_ROWS
+        self.run(rows, max(SIZES))
         took = {size: self.run(rows, size) for size in SIZES}
         best = min(took, key=took.get)
         note(f"the runtime's batch, chosen: {best}; rows/s by size: " + ", ".join(f"{s}: {rows / t:.1f}" for s, t in took.items()))
@@ -149,12 +192,17 @@ def difference(ours, theirs):
     return worst
 
 
-HEAD = ["what", "runs", "ours", "other", "ratio"]
-WIDTHS = [66, 5, 11, 11, 8]
+HEAD = ["what", "runs", "ours", "other", "ratio", "target", ""]
+WIDTHS = [70, 5, 11, 11, 8, 8, 6]
 
 
-def line(*cells):
+def line(cells):
     print("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, WIDTHS))), flush=True)
+
+
+def row(what, runs, ours, other, ratio, target=None):
+    said = "" if target is None else ("met" if ratio >= target else "missed")
+    line([what, str(runs), ours, other, f"{ratio:.2f}", "" if target is None else f">= {target:g}", said])
 
 
 def note(text):
@@ -173,29 +221,79 @@ def where(answer):
     )
 
 
-def sweep(options, ours, theirs, shape):
+def sweep(options, daemon, peer, shape):
     """Zero ablation of every head."""
-    first, _ = timed(ours.zero)
-    theirs.zero()
+    ids, _ = peer.ids(options.tokens)
+    ours, theirs = Ours(daemon, peer, ids), Theirs(peer, ids)
+    first, _ = timed(ours.sweep)
+    theirs.zero(layers=TRIAL_LAYERS)
     best = theirs.fastest()
-    sides = [ours.zero, theirs.zero, lambda: theirs.zero(best)]
+    sides = [ours.sweep, theirs.zero, lambda: theirs.zero(best)]
     (mine, single, batched), (answer, found, together) = in_turn(options.runs, *sides)
-    worst = max(difference(effects(answer), found), difference(effects(answer), together))
-    what = f"ablation of {shape}, {options.tokens} tokens"
-    line(f"{what}, by hooks, a head at a time", str(options.runs), seconds(mine), seconds(single), f"{single / mine:.2f}")
-    line(f"the same, by hooks, {best} heads of a layer together", str(options.runs), seconds(mine), seconds(batched), f"{batched / mine:.2f}")
+    worst = max(difference(grid(answer), found), difference(grid(answer), together))
+    row(f"ablation of {shape}, {options.tokens} tokens, by hooks, a head at a time", options.runs, seconds(mine), seconds(single), single / mine, 1.5)
+    row(f"the same, by hooks, {best} heads of a layer together", options.runs, seconds(mine), seconds(batched), batched / mine)
     note(f"largest relative difference of the effects {worst:.1e}; first call {first:.1f} s")
     where(answer)
 
 
-def engine(options, ours, bare, shape):
-    """Rows a second of the same sweep, beside plain runs of the same row."""
-    ours.zero()
-    rows = ours.zero().header.rows
-    best = bare.fastest(rows)
-    (mine, other), _ = in_turn(options.runs, ours.zero, lambda: bare.run(rows, best))
+def estimate(options, daemon, peer, shape):
+    """Attribution patching beside activation patching, both ours."""
+    ids, _ = peer.ids(options.tokens)
+    source, _ = peer.ids(options.tokens, seed=1)
+    ours, theirs = Ours(daemon, peer, ids), Theirs(peer, ids)
+
+    def estimated():
+        return ours.sweep(source=source, method=pb.SWEEP_METHOD_ESTIMATE)
+
+    def run():
+        return ours.sweep(source=source, method=pb.SWEEP_METHOD_RUN)
+
+    first, _ = timed(estimated)
+    run(), theirs.estimated(source)
+    sides = [estimated, run, lambda: theirs.estimated(source)]
+    (mine, whole, other), (answer, ran, found) = in_turn(options.runs, *sides)
+    worst = max(difference(grid(answer, "estimates"), found), difference(grid(ran), theirs.patched(source, theirs.heads)))
+    row(f"patching of {shape}, {options.tokens} tokens: estimates, by runs of our own", options.runs, seconds(mine), seconds(whole), whole / mine, 20)
+    row("the same, the first call, that builds its variants, by later runs", 1, seconds(first), seconds(whole), whole / first)
+    row("the same estimates, by PyTorch", options.runs, seconds(mine), seconds(other), other / mine)
+    note(f"largest relative difference to PyTorch, of estimates and of effects: {worst:.1e}")
+    where(answer)
+    where(ran)
+    both = ours.sweep(source=source, method=pb.SWEEP_METHOD_BOTH).result
+    note(f"correlation of estimates and effects over {both.compared} heads: {both.correlation:.3f}")
+
+
+def engine(options, daemon, peer, shape):
+    """Rows a second of the ablation, beside plain runs of the same row."""
+    ids, _ = peer.ids(options.tokens)
+    ours, bare = Ours(daemon, peer, ids), Bare(peer, ids, options.threads)
+    rows = ours.sweep().header.rows
+    best = bare.fastest()
+    (mine, other), (answer, _) = in_turn(options.runs, ours.sweep, lambda: bare.run(rows, best))
     what = f"rows/s in the ablation of {shape}, by plain rows of the bare runtime"
-    line(what, str(options.runs), f"{rows / mine:.1f}", f"{rows / other:.1f}", f"{other / mine:.2f}")
+    row(what, options.runs, f"{rows / mine:.1f}", f"{rows / other:.1f}", other / mine, 0.9)
+    where(answer)
+
+
+def variants(options, daemon, peer, shape):
+    """What sweeps of the same hook point have to build."""
+    ids, _ = peer.ids(options.tokens)
+    ours = Ours(daemon, peer, ids)
+    loaded = daemon.counter(BUILDS)
+    ours.sweep()
+    first = daemon.counter(BUILDS)
+    others = [
+        ("a layer", dict(layers=[5])),
+        ("positions of another", dict(layers=[0], by=[pb.SWEEP_AXIS_POSITION])),
+        ("each layer as a whole", dict(by=[])),
+    ]
+    said = []
+    for what, fields in others:
+        before = daemon.counter(BUILDS)
+        ours.sweep(**fields)
+        said.append(f"{what} {daemon.counter(BUILDS) - before}")
+    print(f"variants built by the ablation of {shape}: {first - loaded}; then by ablations of others: {', '.join(said)} (target: 0)", flush=True)
 
 
 def main():
@@ -203,17 +301,15 @@ def main():
     wanted = options.only or ALL
     torch.set_num_threads(options.threads)
     peer = peers.base(options.work.parent / "attribution")
-    ids, _ = peer.ids(options.tokens)
     config = peer.model.config
     shape = f"{config.num_hidden_layers} x {config.num_attention_heads} heads"
     print(f"{options.threads} threads each; PyTorch {torch.__version__}, ONNX Runtime {ort.__version__}; ours over gRPC, all that the client waits for")
-    line(*HEAD)
-    with Daemon(options.binary, options.work, {peer.name: peer.folder}, options.threads) as daemon:
-        ours = Ours(daemon, peer, ids)
-        if "sweep" in wanted:
-            sweep(options, ours, Theirs(peer, ids), shape)
-        if "engine" in wanted:
-            engine(options, ours, Bare(peer, ids, options.threads), shape)
+    line(HEAD)
+    for what, measure in [("sweep", sweep), ("estimate", estimate), ("engine", engine), ("variants", variants)]:
+        if what in wanted:
+            # A daemon of its own, so that a first call is one.
+            with Daemon(options.binary, options.work, {peer.name: peer.folder}, options.threads) as daemon:
+                measure(options, daemon, peer, shape)
 
 
 if __name__ == "__main__":
