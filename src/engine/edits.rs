@@ -4,7 +4,7 @@
 //! shown, what is edited is widened to its *kind* (the same point of every layer), so that edits of another layer, head, neuron or
 //! position run on the variant that is there already.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::{
     error::EngineError,
@@ -60,6 +60,12 @@ impl Edits {
     }
 }
 
+/// These hook points and their like in every other layer.
+pub fn of_kinds<'a>(info: &ModelInfo, hooks: impl Iterator<Item = &'a str>) -> BTreeSet<String> {
+    let moves = hooks.map(|hook| (hook.to_owned(), vec![Stage::Move]));
+    widened(info, moves.collect()).into_keys().collect()
+}
+
 /// The same stages in every layer, where the edited layers of a kind agree on them.
 fn widened(info: &ModelInfo, stages: BTreeMap<String, Vec<Stage>>) -> BTreeMap<String, Vec<Stage>> {
     let mut of_kinds: BTreeMap<String, Option<Vec<Stage>>> = BTreeMap::new();
@@ -108,6 +114,14 @@ mod tests {
         assert!(all.iter().all(|n| n.ends_with("attn.hook_pattern")));
         let other = edited(&[("blocks.0.attn.hook_pattern", Stage::Move)]);
         assert_eq!(other, all);
+    }
+
+    #[test]
+    fn hook_points_of_any_layer_stand_for_those_of_all() {
+        let of = |name: &str| of_kinds(&testing::info(), [name].into_iter());
+        let all = of("blocks.1.attn.hook_pattern");
+        assert!(all.len() > 1, "{all:?}");
+        assert_eq!(of("blocks.0.attn.hook_pattern"), all);
     }
 
     #[test]

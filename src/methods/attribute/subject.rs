@@ -481,7 +481,8 @@ pub(in crate::methods) fn floats(tensors: &[Tensor], at: usize) -> Result<Vec<f3
     Ok(values.into_owned())
 }
 
-fn first(tensors: &[Tensor]) -> Result<f64, EngineError> {
+/// The first float of an answer: the number that is explained, of a single row.
+pub(in crate::methods) fn first(tensors: &[Tensor]) -> Result<f64, EngineError> {
     let values = floats(tensors, 0)?;
     let value = values.first().copied();
     value

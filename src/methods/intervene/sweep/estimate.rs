@@ -13,17 +13,17 @@ use super::{
 use crate::{
     engine::EngineError,
     ipc::spec::Reduction,
-    methods::attribute::subject::{Show, Subject, floats},
+    methods::attribute::subject::{Show, Subject, first, floats},
 };
 
-/// The estimates of the parts of each hook point.
+/// The number for the row as it is, and the estimates of the parts of each hook point.
 ///
 /// # Errors
 /// Those of the run: an operator without gradient among them.
 pub(super) async fn estimates(
     subject: &mut Subject,
     swept: &[Swept],
-) -> Result<Vec<Vec<f64>>, EngineError> {
+) -> Result<(f64, Vec<Vec<f64>>), EngineError> {
     let show = Show {
         points: swept
             .iter()
@@ -33,12 +33,14 @@ pub(super) async fn estimates(
         ..Show::objective()
     };
     let mut found = vec![Vec::new(); swept.len()];
+    let mut number = f64::NAN;
     subject
         .run(
             &show,
             (1, 1),
             |_| Ok(Vec::new()),
             |_, _, tensors| {
+                number = first(tensors)?;
                 for (swept, found) in swept.iter().zip(&mut found) {
                     // Tensors come after the objective: gradients, then values, each by name.
                     let at = |names: &mut dyn Iterator<Item = &String>| {
@@ -53,7 +55,7 @@ pub(super) async fn estimates(
             },
         )
         .await?;
-    Ok(found)
+    Ok((number, found))
 }
 
 fn of_parts(swept: &Swept, gradient: &[f32], value: &[f32]) -> Result<Vec<f64>, EngineError> {

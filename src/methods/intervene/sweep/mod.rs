@@ -7,8 +7,8 @@
 //!   attribution patching:  sum (new - x) dF/dx                                              see `estimate`
 //! ```
 //!
-//! The input is the corrupted one of a patching, the source the clean one. Every part is a row of one variant of the graph: nothing is
-//! rebuilt, and the parts of a hook point share runs.
+//! The input is the corrupted one of a patching, the source the clean one. Every part is a row of one variant of the graph, which can move the
+//! swept hook points of every layer: nothing is rebuilt, for other layers, heads or positions neither, and the parts of a hook point share runs.
 
 mod estimate;
 mod parts;
@@ -26,7 +26,7 @@ use super::{
     resolve::{Placed, resolver},
 };
 use crate::{
-    engine::{EngineError, ModelHandle},
+    engine::{EngineError, ModelHandle, edits::of_kinds},
     methods::{
         attribute::{
             Partial, Spent,
@@ -241,10 +241,11 @@ pub async fn start(
         };
         swept.push(Swept { parts, new });
     }
-    let mut show = Show::objective();
-    for swept in &swept {
-        show = show.moving(swept.name());
-    }
+    // A sweep of other layers runs on the same variant.
+    let show = Show {
+        intervene: of_kinds(handle.info(), swept.iter().map(Swept::name)),
+        ..Show::objective()
+    };
     let all: usize = swept.iter().map(|s| s.parts.len()).sum();
     let (way, rows) = match sweep.way {
         Way::Run => (Ready::Run(show), all),
@@ -282,8 +283,16 @@ pub async fn start(
     };
     let mut subject = subject(prepared.group, prepared.tokens.clone());
     subject.spent.timings.tokenize = prepared.tokenize;
-    let value = value(&mut subject, &plain).await?;
-    subject.plan(rows);
+    let (value, estimated) = if matches!(way, Ready::Estimate) {
+        // One run gives the number and its gradients.
+        subject.plan(rows);
+        let (value, estimated) = estimate::estimates(&mut subject, &swept).await?;
+        (finite_number(value)?, Some(estimated))
+    } else {
+        let value = value(&mut subject, &plain).await?;
+        subject.plan(rows);
+        (value, None)
+    };
     Ok(Started {
         tokens: prepared.tokens,
         truncated: prepared.truncated,
@@ -294,7 +303,7 @@ pub async fn start(
         rows,
         subject,
         way,
-        estimated: None,
+        estimated,
         done: 0,
         pairs: Vec::new(),
     })
@@ -356,12 +365,16 @@ async fn value(subject: &mut Subject, show: &Show) -> Result<f64, EngineError> {
     subject
         .values(show, (1, 1), |_| Ok(Vec::new()), |_, _, v| value = v)
         .await?;
-    if !value.is_finite() {
-        return Err(EngineError::precondition(format!(
-            "the target's value for this input is {value}: there is nothing to compare with"
-        )));
+    finite_number(value)
+}
+
+fn finite_number(value: f64) -> Result<f64, EngineError> {
+    if value.is_finite() {
+        return Ok(value);
     }
-    Ok(value)
+    Err(EngineError::precondition(format!(
+        "the target's value for this input is {value}: there is nothing to compare with"
+    )))
 }
 
 impl Started {
@@ -384,9 +397,9 @@ impl Started {
         let Some(swept) = self.swept.get(at) else {
             return Ok(None);
         };
-        let estimates = matches!(self.way, Ready::Estimate | Ready::Both(..));
-        if estimates && self.estimated.is_none() {
-            self.estimated = Some(estimate::estimates(&mut self.subject, &self.swept).await?);
+        if matches!(self.way, Ready::Both(..)) && self.estimated.is_none() {
+            let (_, estimated) = estimate::estimates(&mut self.subject, &self.swept).await?;
+            self.estimated = Some(estimated);
         }
         let measured = match &self.way {
             Ready::Estimate => None,
