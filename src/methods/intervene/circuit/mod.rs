@@ -11,7 +11,7 @@
 //! leaves less that of what the branch writes, which is added to the rest of it; the gradient through one head alone is the same of a row in which the
 //! other heads of its layer are held at what they are. Only streams that are plain sums have edges: the sum is checked for both rows.
 //!
-//! [`graph`] ranks and prunes; [`restored`] runs the source with every edge but those of the circuit as it is for the input.
+//! [`graph`] ranks and prunes; `restored` runs the source with every edge but those of the circuit as it is for the input.
 
 mod gradients;
 pub mod graph;
