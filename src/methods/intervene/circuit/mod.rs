@@ -182,9 +182,11 @@ pub async fn start(
     };
     let expose = plan.shown(&info);
     let length = prepared.group.length.or(plan.stream.fixed).unwrap_or(1);
-    let bytes = [2, expose.len(), length, plan.stream.width, size_of::<f32>()];
-    let bytes = bytes.into_iter().fold(1, usize::saturating_mul);
     let nodes = plan.nodes();
+    // Of both runs what they show; of each node what it writes, and the gradient by what it reads.
+    let held = 2 * (expose.len() + nodes.len());
+    let bytes = [held, length, plan.stream.width, size_of::<f32>()];
+    let bytes = bytes.into_iter().fold(1, usize::saturating_mul);
     let rows = plan.rows();
     if rows > limits.max_rows || bytes > limits.max_bytes {
         return Err(EngineError::exhausted(
