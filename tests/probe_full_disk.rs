@@ -1,4 +1,5 @@
-//! A disk that takes so much and no more, for this whole process: files end at a limit, as they do when a disk is full.
+//! A disk that takes so much and no more: while the test runs, files of this process end at a limit, as they do when a
+//! disk is full. The limit counts for the file that the test's own output goes to as well, so it ends with the test.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -11,7 +12,7 @@ use introspectd::{
     },
     tensor::Tensor,
 };
-use rustix::process::{Resource, Rlimit, setrlimit};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 const LIMIT: u64 = 64 << 10;
 const HOOK: &str = "hidden_states.0";
@@ -60,23 +61,36 @@ fn weights(width: usize) -> Weights {
     BTreeMap::from([of("weight", vec![1, width], width), of("bias", vec![1], 1)])
 }
 
+/// The limit, until this is dropped.
+struct FullDisk(Rlimit);
+
+impl FullDisk {
+    fn new(bytes: u64) -> Self {
+        // The kernel's signal would end the process before the error is seen.
+        // SAFETY: no handler runs; the signal is ignored.
+        #[allow(unsafe_code)]
+        unsafe {
+            libc::signal(libc::SIGXFSZ, libc::SIG_IGN)
+        };
+        let before = getrlimit(Resource::Fsize);
+        let limit = Rlimit {
+            current: Some(bytes),
+            ..before.clone()
+        };
+        setrlimit(Resource::Fsize, limit).unwrap();
+        Self(before)
+    }
+}
+
+impl Drop for FullDisk {
+    fn drop(&mut self) {
+        setrlimit(Resource::Fsize, self.0.clone()).unwrap();
+    }
+}
+
 #[test]
 fn a_full_disk_is_said_and_what_was_there_stays() {
-    // The kernel's signal would end the process before the error is seen.
-    // SAFETY: no handler runs; the signal is ignored.
-    #[allow(unsafe_code)]
-    unsafe {
-        libc::signal(libc::SIGXFSZ, libc::SIG_IGN)
-    };
-    setrlimit(
-        Resource::Fsize,
-        Rlimit {
-            current: Some(LIMIT),
-            maximum: Some(LIMIT),
-        },
-    )
-    .unwrap();
-
+    let _full = FullDisk::new(LIMIT);
     let folder = tempfile::tempdir().unwrap();
     let store = Store::new(folder.path().to_owned(), Arc::default());
     store.put(card("kept"), &weights(100), false).unwrap();
