@@ -75,7 +75,7 @@ impl FullDisk {
         let before = getrlimit(Resource::Fsize);
         let limit = Rlimit {
             current: Some(bytes),
-            ..before.clone()
+            ..before
         };
         setrlimit(Resource::Fsize, limit).unwrap();
         Self(before)
@@ -84,7 +84,7 @@ impl FullDisk {
 
 impl Drop for FullDisk {
     fn drop(&mut self) {
-        setrlimit(Resource::Fsize, self.0.clone()).unwrap();
+        setrlimit(Resource::Fsize, self.0).unwrap();
     }
 }
 
