@@ -1,5 +1,7 @@
 //! Arrays of an answer, put together from their pieces.
 
+use std::collections::BTreeMap;
+
 use ndarray::{ArrayD, ArrayView2, IxDyn};
 use serde_json::{Value, json};
 
@@ -41,6 +43,12 @@ impl Arrays {
             }
         }
         Ok(())
+    }
+
+    /// All of them by name.
+    pub(super) fn by_name(self) -> Result<BTreeMap<String, Array>, Broken> {
+        let all = self.finish()?.into_iter();
+        Ok(all.map(|a| (a.name.clone(), a)).collect())
     }
 
     /// All of them, in the order of their arrival.

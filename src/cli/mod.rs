@@ -7,6 +7,7 @@
 //! Results go to standard output, everything else to standard error. Exit codes: 0, 1 for failures, 2 for a command line that
 //! means nothing. A reader of standard output that leaves ends a command quietly.
 
+mod answers;
 mod arrays;
 mod assemble;
 mod attribute;

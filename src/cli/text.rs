@@ -7,9 +7,12 @@ use super::{
     capture::{self, json as as_json, select::TextArgs, show},
     client::{Session, Target},
     error::CliError,
+    intervene::edit::EditArgs,
     out,
 };
-use crate::service::wire::introspect::{CaptureRequest, Encoding, Selection, TokenizeRequest};
+use crate::service::wire::introspect::{
+    CaptureRequest, Encoding, Intervention, Selection, TokenizeRequest,
+};
 
 pub(super) const TOKENIZE_EXAMPLES: &str = "\
 Examples:
@@ -21,7 +24,8 @@ pub(super) const PREDICT_EXAMPLES: &str = "\
 Examples:
   introspectd predict demo \"This movie was fantastic!\"
   introspectd predict gpt2 \"The capital of France is\" --top 10
-  introspectd predict demo \"One text.\" \"Another.\" --json";
+  introspectd predict demo \"One text.\" \"Another.\" --json
+  introspectd predict demo \"This movie was fantastic!\" --edit 'z[layer=3;head=1] zero'";
 
 /// Arguments of `tokenize`.
 #[derive(Args, Clone, Debug)]
@@ -50,6 +54,8 @@ pub(super) struct PredictArgs {
     text: Vec<String>,
     #[command(flatten)]
     texts: TextArgs,
+    #[command(flatten)]
+    edits: EditArgs,
     /// Candidates to show
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000), help_heading = "Output")]
     top: u32,
@@ -136,8 +142,9 @@ fn tokens(encoding: &Encoding, text: &str, pair: Option<&str>) -> String {
 
 /// Runs `predict`.
 pub(super) async fn predict(args: &PredictArgs) -> Result<(), CliError> {
+    let intervention = args.edits.intervention(&args.texts)?;
     let (session, model) = Session::for_model(&args.target, &args.model).await?;
-    let done = predictions(&session, &model, args).await;
+    let done = predictions(&session, &model, args, intervention).await;
     session.close().await;
     let answers = done?;
     if args.json {
@@ -174,6 +181,7 @@ async fn predictions(
     session: &Session,
     model: &str,
     args: &PredictArgs,
+    intervention: Option<Intervention>,
 ) -> Result<Vec<super::assemble::Captured>, CliError> {
     let mut answers = Vec::new();
     for text in &args.text {
@@ -184,7 +192,7 @@ async fn predictions(
                 candidates: args.top,
                 ..Default::default()
             }),
-            intervention: None,
+            intervention: intervention.clone(),
         };
         answers.push(capture::capture(session.captures(), request).await?);
     }

@@ -8,6 +8,8 @@
 //! - [`reduce`]: pooling, top-k, sparse attention;
 //! - [`predict`]: what the model's output says;
 //! - [`capture`]: all of these in a row;
+//! - [`target`]: a number that the model computes, for methods that explain or watch one;
+//! - `subject`: the row that it is computed for, and the one way to run variations of it;
 //! - [`attribute`]: what each part of the input contributes to a number that the model computes;
 //! - [`intervene`]: parts of the model edited while it runs, for any of these, and what that changes of the answer;
 //! - [`rows`]: hook points of a row in passes that fit into memory;
@@ -28,6 +30,10 @@ pub mod probe;
 pub mod reduce;
 pub mod rows;
 pub mod select;
+mod subject;
+pub mod target;
+
+pub use subject::{Partial, Spent};
 
 #[cfg(test)]
 mod testing;

@@ -8,7 +8,12 @@ use std::{pin::Pin, time::Instant};
 use futures::{Stream, StreamExt as _, stream};
 use tonic::{Status, Streaming};
 
-use super::{from_proto, messages::Ledger, status, wire::introspect as pb};
+use super::{
+    from_proto,
+    messages::{Item, Ledger},
+    status,
+    wire::introspect as pb,
+};
 use crate::engine::EngineError;
 
 /// Inputs that are worked on at a time: enough to fill a run while another is sent.
@@ -92,10 +97,9 @@ where
     }
 }
 
-/// Answers to messages, with a summary of the whole at the end. `count` enters a message into the ledger, `wrap` makes a response of it.
-pub(super) fn messages<M: 'static, R>(
+/// Answers to messages, with a summary of the whole at the end. `wrap` makes a response of it.
+pub(super) fn messages<M: Item + 'static, R>(
     answers: impl Stream<Item = Result<(String, Answered<M>), Status>> + Send,
-    count: fn(&mut Ledger, &M),
     wrap: fn(String, Reply<M>) -> R,
 ) -> impl Stream<Item = Result<R, Status>> + Send {
     struct State<S, M> {
@@ -121,7 +125,7 @@ pub(super) fn messages<M: 'static, R>(
             }
             if let Some((id, messages)) = &mut s.current {
                 if let Some(item) = messages.next() {
-                    count(&mut s.ledger, &item);
+                    s.ledger.count(&item);
                     return Some((Ok(wrap(id.clone(), Reply::Item(item))), s));
                 }
                 s.current = None;

@@ -1,6 +1,6 @@
 //! `introspect.v1.CaptureService`.
 
-use std::{pin::Pin, sync::Arc};
+use std::sync::Arc;
 
 use futures::{Stream, StreamExt as _, stream};
 use tonic::{Request, Response, Status, Streaming};
@@ -11,8 +11,10 @@ use super::{
     daemon::State,
     explained::Explained,
     from_proto,
-    messages::{Ledger, Messages},
-    status, to_proto,
+    messages::Messages,
+    status,
+    teller::Messaged,
+    to_proto,
     wire::introspect::{
         self as pb, capture_response::Item as Message, capture_service_server::CaptureService,
         capture_stream_response::Answer,
@@ -22,8 +24,6 @@ use crate::{
     engine::{Ctx, EngineError, Lane},
     methods::capture::{self, Question, Started, Terms},
 };
-
-type Messaged<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 pub(super) struct Captures {
     pub(super) state: Arc<State>,
@@ -88,7 +88,7 @@ impl CaptureService for Captures {
         let answers = bulk::one_model(request.into_inner(), split, |r| &r.model)
             .map(move |request| bulk_answer(state.clone(), call.clone(), request))
             .buffered(bulk::AHEAD);
-        let messages = bulk::messages(answers, Ledger::count, bulk_message);
+        let messages = bulk::messages(answers, bulk_message);
         Ok(Response::new(Box::pin(messages)))
     }
 }
@@ -150,13 +150,7 @@ impl State {
             };
             capture::start(&handle, question, terms, ctx).await
         };
-        match started.await {
-            Ok(started) => Ok((started, explained)),
-            Err(error) => {
-                explained.failed(&error);
-                Err(error)
-            }
-        }
+        explained.begun(started.await)
     }
 }
 

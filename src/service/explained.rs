@@ -30,6 +30,20 @@ impl Explained {
         }
     }
 
+    /// It began, or failed to.
+    ///
+    /// # Errors
+    /// The same, recorded.
+    pub(super) fn begun<T>(self, begun: Result<T, EngineError>) -> Result<(T, Self), EngineError> {
+        match begun {
+            Ok(begun) => Ok((begun, self)),
+            Err(error) => {
+                self.failed(&error);
+                Err(error)
+            }
+        }
+    }
+
     /// It was answered.
     pub(super) fn answered(mut self, timings: &StageTimings) {
         stages(&self.model, self.method, timings);

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{
     methods::{
-        capture::{Captured, Content, Item},
+        capture::{Captured, Content, Item as Shown},
         reduce::Sparse,
     },
     tensor::{DType, Tensor},
@@ -21,6 +21,35 @@ use crate::{
 
 /// Most bytes of payload in a message.
 pub(super) const PIECE: usize = 256 << 10;
+
+/// A message of an answer.
+pub(crate) trait Item {
+    /// What it carries besides its fields, in the order that the checksum takes it.
+    fn payload(&self) -> Vec<&[u8]>;
+
+    /// The summary, where it is that.
+    fn summary(&self) -> Option<&pb::Summary>;
+}
+
+impl Item for Message {
+    fn payload(&self) -> Vec<&[u8]> {
+        match self {
+            Message::Tensor(t) => vec![&t.data],
+            Message::Sparse(s) => vec![&s.counts, &s.indices, &s.values],
+            Message::Header(_) | Message::Prediction(_) | Message::Summary(_) => Vec::new(),
+        }
+    }
+
+    fn summary(&self) -> Option<&pb::Summary> {
+        match self {
+            Message::Summary(summary) => Some(summary),
+            Message::Header(_)
+            | Message::Tensor(_)
+            | Message::Sparse(_)
+            | Message::Prediction(_) => None,
+        }
+    }
+}
 
 /// What was sent so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -40,19 +69,25 @@ impl Ledger {
         }
     }
 
-    /// The payload of a message.
-    pub(super) fn count(&mut self, message: &Message) {
-        match message {
-            Message::Tensor(t) => self.sent(&[&t.data]),
-            Message::Sparse(s) => self.sent(&[&s.counts, &s.indices, &s.values]),
-            Message::Header(_) | Message::Prediction(_) | Message::Summary(_) => self.sent(&[]),
+    /// A message goes out.
+    pub(super) fn count(&mut self, message: &impl Item) {
+        self.sent(&message.payload());
+    }
+
+    /// A summary with what was sent before it.
+    pub(super) fn summed(&self, summary: pb::Summary) -> pb::Summary {
+        pb::Summary {
+            messages: self.messages,
+            bytes: self.bytes,
+            crc32c: self.crc32c,
+            ..summary
         }
     }
 }
 
 /// The messages of an answer behind its header.
 pub(super) struct Messages {
-    items: std::vec::IntoIter<Item>,
+    items: std::vec::IntoIter<Shown>,
     current: Option<Cut>,
     prediction: Option<pb::Prediction>,
     summary: Option<pb::Summary>,
@@ -108,13 +143,10 @@ impl Messages {
     fn summary(&mut self) -> Option<Message> {
         let timings = to_proto::timings(&self.timings(), self.arrived.elapsed());
         let summary = self.summary.take()?;
-        Some(Message::Summary(pb::Summary {
-            messages: self.ledger.messages,
-            bytes: self.ledger.bytes,
-            crc32c: self.ledger.crc32c,
+        Some(Message::Summary(self.ledger.summed(pb::Summary {
             timings: Some(timings),
             ..summary
-        }))
+        })))
     }
 }
 
@@ -187,8 +219,8 @@ impl Iterator for Pieces {
 }
 
 impl Cut {
-    fn new(item: Item) -> Self {
-        let Item {
+    fn new(item: Shown) -> Self {
+        let Shown {
             name,
             axes,
             content,
@@ -288,7 +320,7 @@ mod tests {
     use super::*;
 
     fn pieces(content: Content) -> Vec<Message> {
-        let mut cut = Cut::new(Item {
+        let mut cut = Cut::new(Shown {
             name: "x".into(),
             axes: vec!["pos".into()],
             content,

@@ -2,13 +2,13 @@
 
 use std::collections::BTreeMap;
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use tonic::transport::Channel;
 
 use crate::{
     cli::{
+        answers,
         arrays::{Array, Arrays},
-        assemble::Tally,
         error::CliError,
     },
     service::wire::introspect::{
@@ -103,65 +103,26 @@ pub(in crate::cli) async fn ask(
     request: pb::AttributeRequest,
     bar: &ProgressBar,
 ) -> Result<Explained, CliError> {
-    let mut stream = client.attribute(request).await?.into_inner();
+    let stream = client.attribute(request).await?.into_inner();
     let mut found = Explained::default();
-    let (mut arrays, mut tally, mut ended) = (Arrays::default(), Tally::default(), false);
-    while let Some(message) = stream.message().await? {
-        match message.item {
-            Some(Item::Header(h)) => {
-                tally.count(&[]);
-                found.header = h;
-            }
-            Some(Item::Progress(p)) => {
-                let partial = p.partial.as_ref().map(|t| t.data.clone());
-                tally.count(&[&partial.unwrap_or_default()]);
+    let mut arrays = Arrays::default();
+    let take = |item| {
+        match item {
+            Item::Header(header) => found.header = header,
+            Item::Progress(p) => {
                 bar.set_length(p.rows_planned);
                 bar.set_position(p.rows_done);
                 if let Some(error) = p.error {
                     bar.set_message(format!("error {error:.2e}"));
                 }
             }
-            Some(Item::Result(r)) => {
-                tally.count(&[]);
-                found.result = r;
-            }
-            Some(Item::Tensor(t)) => {
-                tally.count(&[&t.data]);
-                arrays.take(t)?;
-            }
-            Some(Item::Summary(s)) => {
-                tally.check(s.messages, s.bytes, s.crc32c)?;
-                ended = true;
-                found.summary = s;
-            }
-            None => {
-                return Err(CliError::new(
-                    "the answer is broken: a message holds nothing",
-                ));
-            }
+            Item::Result(result) => found.result = result,
+            Item::Tensor(piece) => arrays.take(piece)?,
+            Item::Summary(_) => {}
         }
-    }
-    bar.finish_and_clear();
-    if !ended {
-        return Err(CliError::new(
-            "the answer is incomplete: the stream ended without its summary",
-        )
-        .advise("ask again"));
-    }
-    let tensors = arrays.finish()?.into_iter();
-    found.tensors = tensors.map(|a| (a.name.clone(), a)).collect();
+        Ok(())
+    };
+    found.summary = answers::read(stream, |r| r.item, bar, take).await?;
+    found.tensors = arrays.by_name()?;
     Ok(found)
-}
-
-/// Progress in rows, on a terminal.
-pub(in crate::cli) fn progress(watched: bool) -> ProgressBar {
-    if !watched {
-        return ProgressBar::hidden();
-    }
-    let style = ProgressStyle::with_template("{bar:30} {pos}/{len} rows {elapsed} {msg}");
-    let bar = ProgressBar::new(0);
-    match style {
-        Ok(style) => bar.with_style(style),
-        Err(_) => bar,
-    }
 }

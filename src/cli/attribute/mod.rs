@@ -11,15 +11,18 @@ use std::{
 };
 
 use clap::{ArgGroup, Args};
+use indicatif::ProgressBar;
 use serde_json::json;
 
 use super::{
+    answers,
     capture::{
         Kind,
         select::{OtherArgs, TextArgs},
     },
     client::{Session, Target},
     error::CliError,
+    intervene::edit::EditArgs,
     out,
 };
 use crate::service::wire::introspect::{self as pb, evaluate_response::Item as Judged};
@@ -42,6 +45,8 @@ Examples:
     introspectd attribute gpt2 \"The capital of France is\" --continuation \" Paris\"
   At a layer; for numpy:
     introspectd attribute demo \"Not bad.\" --site hidden_states.2 -o layer.npz
+  Would it say so for the same reasons without a head?
+    introspectd attribute demo \"Not bad at all.\" --words --edit 'z[layer=3;head=1] zero'
   What would it take, and which method is best here?
     introspectd attribute demo \"Not bad.\" -m lime --estimate
     introspectd attribute demo \"Not bad.\" --evaluate integrated_gradients,kernel_shap,attention_rollout";
@@ -60,6 +65,8 @@ pub(super) struct AttributeArgs {
     texts: TextArgs,
     #[command(flatten)]
     other: OtherArgs,
+    #[command(flatten)]
+    edits: EditArgs,
     #[command(flatten)]
     method: MethodArgs,
     #[command(flatten)]
@@ -108,7 +115,7 @@ pub(super) async fn run(args: &AttributeArgs) -> Result<(), CliError> {
         baseline: Some(args.features.baseline()?),
         features: Some(args.features.features()?),
         seed: args.method.seed,
-        intervention: None,
+        intervention: args.edits.intervention(&args.texts)?,
     };
     let (session, model) = Session::for_model(&args.target, &args.model).await?;
     request.model = model;
@@ -129,7 +136,7 @@ async fn explain(
     args: &AttributeArgs,
     kind: Option<Kind>,
 ) -> Result<(), CliError> {
-    let bar = answer::progress(io::stderr().is_terminal());
+    let bar = answers::progress(io::stderr().is_terminal());
     let found = answer::ask(session.attributions(), request, &bar).await?;
     let (Some(kind), Some(path)) = (kind, &args.output) else {
         if args.json {
@@ -199,21 +206,17 @@ async fn evaluate(
         methods,
         ..Default::default()
     };
-    let mut stream = session.attributions().evaluate(request).await?.into_inner();
-    let (mut judged, mut comparison, mut ended) = (Vec::new(), None, false);
-    while let Some(message) = stream.message().await? {
-        match message.item {
-            Some(Judged::Evaluation(e)) => judged.push(e),
-            Some(Judged::Comparison(c)) => comparison = Some(c),
-            Some(Judged::Summary(_)) => ended = true,
-            Some(Judged::Header(_)) | None => {}
+    let stream = session.attributions().evaluate(request).await?.into_inner();
+    let (mut judged, mut comparison) = (Vec::new(), None);
+    let take = |item| {
+        match item {
+            Judged::Evaluation(evaluation) => judged.push(evaluation),
+            Judged::Comparison(found) => comparison = Some(found),
+            Judged::Header(_) | Judged::Summary(_) => {}
         }
-    }
-    if !ended {
-        return Err(CliError::new(
-            "the answer is incomplete: the stream ended without its summary",
-        ));
-    }
+        Ok(())
+    };
+    answers::read(stream, |r| r.item, &ProgressBar::hidden(), take).await?;
     let comparison = comparison.unwrap_or_default();
     let ranks: Vec<f32> = comparison.spearman.as_ref().map_or(Vec::new(), |t| {
         t.data

@@ -60,6 +60,7 @@ enum Sink {
 pub(super) async fn run(args: &CaptureArgs, file: &Path) -> Result<(), CliError> {
     let mut sink = Sink::open(args.output.as_deref())?;
     let reader = open(file)?;
+    let intervention = args.edits.intervention(&args.texts)?;
     let (session, model) = Session::for_model(&args.target, &args.model).await?;
     let selection = args.selection.selection(FILED);
     let bar = bar(count(file));
@@ -69,7 +70,7 @@ pub(super) async fn run(args: &CaptureArgs, file: &Path) -> Result<(), CliError>
         model: model.clone(),
         input: Some(args.texts.input(text)),
         selection: Some(selection.clone()),
-        intervention: None,
+        intervention: intervention.clone(),
     };
     let mut bulk = Bulk::new(&mut sink, bar.clone());
     let result = bulk.run(&session, queue, request).await;

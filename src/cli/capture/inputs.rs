@@ -14,24 +14,31 @@ use crate::{
 
 /// Reads every array of the file.
 pub(super) fn read(path: &Path) -> Result<NamedTensors, CliError> {
-    let shown = path.display();
-    let refuse = |why: String| {
-        CliError::new(format!("cannot read inputs from \"{shown}\": {why}"))
+    let tensors = arrays(path).map_err(|why| {
+        CliError::new(format!("cannot read inputs from {why}"))
             .advise("write it with numpy.savez(\"inputs.npz\", NAME=ARRAY, ...), not compressed")
-    };
+    })?;
+    Ok(NamedTensors { tensors })
+}
+
+/// Every array of a file.
+///
+/// # Errors
+/// The file, and what is wrong with it.
+pub(in crate::cli) fn arrays(path: &Path) -> Result<Vec<wire::Tensor>, String> {
+    let refuse = |why: String| format!("\"{}\": {why}", path.display());
     let file = File::open(path).map_err(|e| refuse(e.to_string()))?;
     let mut archive = NpzReader::new(file).map_err(|e| refuse(e.to_string()))?;
     let names = archive.names().map_err(|e| refuse(e.to_string()))?;
     if names.is_empty() {
         return Err(refuse("there is no array in it".into()));
     }
-    let tensors = names
+    names
         .iter()
         .map(|name| {
             array(&mut archive, name).map_err(|why| refuse(format!("array \"{name}\": {why}")))
         })
-        .collect::<Result<_, _>>()?;
-    Ok(NamedTensors { tensors })
+        .collect()
 }
 
 /// An array of whatever type it has, if it is one that models take.

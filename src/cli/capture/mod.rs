@@ -1,7 +1,7 @@
 //! `capture`: what happens inside a model while it runs, on the terminal or in a file.
 
 pub(super) mod bulk;
-mod inputs;
+pub(super) mod inputs;
 pub(super) mod json;
 mod npz;
 pub(super) mod select;
@@ -20,6 +20,7 @@ use super::{
     assemble::{Assembler, Captured},
     client::{Session, Target},
     error::CliError,
+    intervene::edit::EditArgs,
     out, picture,
 };
 use crate::service::wire::introspect::{
@@ -44,6 +45,8 @@ Examples:
     introspectd capture demo \"Not bad.\" --hooks 'hidden_states.*' --pooling mean --dtype f16 -o mean.npz
   The ten strongest neurons of the last position:
     introspectd capture demo \"Not bad.\" --hooks post --positions=-1 --top-k 10 --by-magnitude -o neurons.json
+  What later layers make of it when a head is silent:
+    introspectd capture demo \"Not bad.\" --hooks 'hidden_states.*' --edit 'z[layer=1;head=0] zero' -o without.npz
   For other programs:
     introspectd capture demo \"Not bad.\" --hooks 'attentions.0' --json | jq '.tensors | keys'
   Every line of a file, sparse attention, one JSON object a line:
@@ -76,6 +79,8 @@ pub(super) struct CaptureArgs {
     texts: TextArgs,
     #[command(flatten)]
     other: OtherArgs,
+    #[command(flatten)]
+    edits: EditArgs,
     #[command(flatten)]
     selection: SelectionArgs,
     /// Write a file in place of the terminal: .npz, .json, .png or .html
@@ -136,6 +141,7 @@ pub(super) async fn run(args: &CaptureArgs) -> Result<(), CliError> {
         Some(input) => input,
         None => args.texts.input(args.text.as_deref().unwrap_or_default()),
     };
+    let intervention = args.edits.intervention(&args.texts)?;
     let hooks = match kind {
         Some(kind) => kind.hooks(),
         None if args.json => FILED,
@@ -146,7 +152,7 @@ pub(super) async fn run(args: &CaptureArgs) -> Result<(), CliError> {
         model,
         input: Some(input),
         selection: Some(args.selection.selection(hooks)),
-        intervention: None,
+        intervention,
     };
     let captured = capture(session.captures(), request).await;
     session.close().await;

@@ -12,9 +12,9 @@ use indicatif::ProgressBar;
 use tonic::transport::Channel;
 
 use super::{
+    answers,
     arrays::{Array, Arrays},
-    assemble::Tally,
-    attribute::{TargetArgs, answer as attributed},
+    attribute::TargetArgs,
     capture::{
         Kind,
         select::{OtherArgs, TextArgs},
@@ -136,7 +136,7 @@ pub(super) async fn run(args: &CircuitArgs) -> Result<(), CliError> {
         },
         edges: args.edges,
     };
-    let bar = attributed::progress(io::stderr().is_terminal());
+    let bar = answers::progress(io::stderr().is_terminal());
     let found = ask(session.interventions(), request, &bar).await;
     session.close().await;
     let found = found?;
@@ -154,47 +154,23 @@ async fn ask(
     request: pb::FindCircuitRequest,
     bar: &ProgressBar,
 ) -> Result<Found, CliError> {
-    let mut stream = client.find_circuit(request).await?.into_inner();
+    let stream = client.find_circuit(request).await?.into_inner();
     let mut found = Found::default();
-    let (mut arrays, mut tally, mut ended) = (Arrays::default(), Tally::default(), false);
-    while let Some(message) = stream.message().await? {
-        match message.item {
-            Some(Item::Header(header)) => {
-                tally.count(&[]);
+    let mut arrays = Arrays::default();
+    let take = |item| {
+        match item {
+            Item::Header(header) => {
                 bar.set_length(header.rows);
                 found.header = header;
             }
-            Some(Item::Progress(progress)) => {
-                tally.count(&[]);
-                bar.set_position(progress.rows_done);
-            }
-            Some(Item::Tensor(tensor)) => {
-                tally.count(&[&tensor.data]);
-                arrays.take(tensor)?;
-            }
-            Some(Item::Circuit(circuit)) => {
-                tally.count(&[]);
-                found.circuit = circuit;
-            }
-            Some(Item::Summary(summary)) => {
-                tally.check(summary.messages, summary.bytes, summary.crc32c)?;
-                ended = true;
-                found.summary = summary;
-            }
-            None => {
-                return Err(CliError::new(
-                    "the answer is broken: a message holds nothing",
-                ));
-            }
+            Item::Progress(progress) => bar.set_position(progress.rows_done),
+            Item::Tensor(piece) => arrays.take(piece)?,
+            Item::Circuit(circuit) => found.circuit = circuit,
+            Item::Summary(_) => {}
         }
-    }
-    bar.finish_and_clear();
-    if !ended {
-        return Err(CliError::new(
-            "the answer is incomplete: the stream ended without its summary",
-        )
-        .advise("ask again"));
-    }
+        Ok(())
+    };
+    found.summary = answers::read(stream, |r| r.item, bar, take).await?;
     found.scores = arrays.finish()?.into_iter().next();
     Ok(found)
 }

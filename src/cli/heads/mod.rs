@@ -11,9 +11,8 @@ use clap::{Args, ValueEnum};
 use tonic::transport::Channel;
 
 use super::{
+    answers,
     arrays::{Array, Arrays},
-    assemble::Tally,
-    attribute::answer,
     capture::{
         Kind, bulk,
         select::{Numbers, OtherArgs, TextArgs, numbers},
@@ -259,42 +258,24 @@ async fn ask(
     mut client: AnalysisServiceClient<Channel>,
     request: pb::HeadsRequest,
 ) -> Result<Answer, CliError> {
-    let bar = answer::progress(io::stderr().is_terminal());
-    let mut stream = client.heads(request).await?.into_inner();
+    let bar = answers::progress(io::stderr().is_terminal());
+    let stream = client.heads(request).await?.into_inner();
     let mut answer = Answer::default();
-    let (mut arrays, mut tally) = (Arrays::default(), Tally::default());
-    while let Some(message) = stream.message().await? {
-        match message.item {
-            Some(Item::Header(header)) => {
-                tally.count(&[]);
-                answer.header = header;
-            }
-            Some(Item::Progress(progress)) => {
-                tally.count(&[]);
+    let mut arrays = Arrays::default();
+    let take = |item| {
+        match item {
+            Item::Header(header) => answer.header = header,
+            Item::Progress(progress) => {
                 bar.set_length(progress.rows_planned);
                 bar.set_position(progress.rows_done);
             }
-            Some(Item::Ranking(ranking)) => {
-                tally.count(&[]);
-                answer.rankings.push(ranking);
-            }
-            Some(Item::Tensor(piece)) => {
-                tally.count(&[&piece.data]);
-                arrays.take(piece)?;
-            }
-            Some(Item::Summary(summary)) => {
-                bar.finish_and_clear();
-                tally.check(summary.messages, summary.bytes, summary.crc32c)?;
-                answer.summary = summary;
-                answer.arrays = arrays.finish()?;
-                return Ok(answer);
-            }
-            None => {}
+            Item::Ranking(ranking) => answer.rankings.push(ranking),
+            Item::Tensor(piece) => arrays.take(piece)?,
+            Item::Summary(_) => {}
         }
-    }
-    bar.finish_and_clear();
-    Err(
-        CliError::new("the answer is incomplete: the stream ended without its summary")
-            .advise("ask again"),
-    )
+        Ok(())
+    };
+    answer.summary = answers::read(stream, |r| r.item, &bar, take).await?;
+    answer.arrays = arrays.finish()?;
+    Ok(answer)
 }

@@ -4,18 +4,109 @@
 //!   HOOK [ KEY=N,... ; KEY=N,... ] OPERATION ARGUMENT...
 //! ```
 
-use crate::service::wire::introspect::{self as pb, edit::Operation, vector::Of};
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+
+use crate::{
+    cli::{
+        capture::{inputs, select::TextArgs},
+        error::CliError,
+    },
+    service::wire::introspect::{self as pb, edit::Operation, vector::Of},
+};
 
 /// Name of the only source that the command line gives.
-pub(super) const SOURCE: &str = "source";
+const SOURCE: &str = "source";
 
-const OPERATIONS: &str = "zero, scale N, set N, add N|probe:NAME [N], noise N [SEED], clamp LOW HIGH, interchange [POS,...], project-out probe:NAME";
+const OPERATIONS: &str = "zero, mean, scale N, set N|FILE.npz, add N|FILE.npz|probe:NAME [N], noise N [SEED], clamp LOW HIGH, interchange [POS,...], project-out FILE.npz|probe:NAME";
+
+/// What is otherwise in the model while it runs.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Intervention")]
+pub(in crate::cli) struct EditArgs {
+    /// Change this while the model runs: HOOK[KEY=N,...;...] OPERATION; may be given more than once (`introspectd intervene --help` explains)
+    #[arg(long = "edit", value_name = "EDIT", value_parser = parse)]
+    edits: Vec<pb::Edit>,
+    /// Text whose run the operation `interchange` takes from
+    #[arg(long, value_name = "TEXT", requires = "edits")]
+    source: Option<String>,
+    #[command(flatten)]
+    mean: MeanArgs,
+}
+
+/// Texts that a mean is over.
+#[derive(Args, Clone, Debug)]
+pub(in crate::cli) struct MeanArgs {
+    /// Text of those that a mean is over (may be given more than once)
+    #[arg(long, value_name = "TEXT")]
+    mean: Vec<String>,
+    /// The same: every line of a file
+    #[arg(long, value_name = "FILE")]
+    mean_file: Option<PathBuf>,
+}
+
+impl MeanArgs {
+    /// All of them, if any were given.
+    pub(in crate::cli) fn inputs(&self, how: &TextArgs) -> Result<Vec<pb::Input>, CliError> {
+        let mut texts = self.mean.clone();
+        if let Some(path) = &self.mean_file {
+            let named = |why: String| CliError::new(format!("\"{}\" {why}", path.display()));
+            let read = std::fs::read_to_string(path);
+            let read = read.map_err(|e| named(format!("cannot be read: {e}")))?;
+            let before = texts.len();
+            texts.extend(read.lines().filter(|l| !l.is_empty()).map(str::to_owned));
+            if texts.len() == before {
+                return Err(named("holds no text".into()));
+            }
+        }
+        Ok(texts.iter().map(|text| how.input(text)).collect())
+    }
+}
+
+impl EditArgs {
+    /// All edits together, if there are any; `texts` says how texts are read.
+    pub(in crate::cli) fn intervention(
+        &self,
+        texts: &TextArgs,
+    ) -> Result<Option<pb::Intervention>, CliError> {
+        let inputs = self.mean.inputs(texts)?;
+        let mut edits = self.edits.clone();
+        let mut means = 0;
+        for edit in &mut edits {
+            if let Some(Operation::Mean(mean)) = &mut edit.operation {
+                mean.inputs.clone_from(&inputs);
+                means += 1;
+            }
+        }
+        if (means == 0) != inputs.is_empty() {
+            return Err(CliError::Usage(
+                "the operation `mean` and the texts that it is over belong together: give both --edit '... mean' and --mean or --mean-file"
+                    .into(),
+            ));
+        }
+        if edits.is_empty() {
+            return Ok(None);
+        }
+        let sources = self.source.iter().map(|text| {
+            let source = pb::InterventionSource {
+                input: Some(texts.input(text)),
+                edits: Vec::new(),
+            };
+            (SOURCE.to_owned(), source)
+        });
+        Ok(Some(pb::Intervention {
+            edits,
+            sources: sources.collect(),
+        }))
+    }
+}
 
 /// Reads an edit.
 ///
 /// # Errors
 /// What is wrong with it, for people.
-pub(super) fn parse(text: &str) -> Result<pb::Edit, String> {
+fn parse(text: &str) -> Result<pb::Edit, String> {
     let (edit, rest) = place(text)?;
     if rest.trim().is_empty() {
         return Err(format!(
@@ -90,8 +181,9 @@ fn operation(text: &str) -> Result<Operation, String> {
     let words: Vec<&str> = text.split_whitespace().collect();
     Ok(match words[..] {
         ["zero"] => Operation::Zero(pb::Zero {}),
+        ["mean"] => Operation::Mean(pb::Mean::default()),
         ["scale", factor] => Operation::Scale(number(factor)?),
-        ["set", value] => Operation::Set(one(number(value)?)),
+        ["set", value] => Operation::Set(values(value)?),
         ["add", what] => add(what, None)?,
         ["add", what, factor] => add(what, Some(number(factor)?))?,
         ["noise", deviation] => noise(deviation, "0")?,
@@ -102,11 +194,7 @@ fn operation(text: &str) -> Result<Operation, String> {
         }),
         ["interchange"] => interchange(Vec::new()),
         ["interchange", positions] => interchange(numbers(positions)?),
-        ["project-out", what] => Operation::ProjectOut(pb::Vector {
-            of: Some(Of::Probe(probe(what).ok_or_else(|| {
-                format!("\"{what}\" is no probe: write project-out probe:NAME")
-            })?)),
-        }),
+        ["project-out", what] => Operation::ProjectOut(direction(what)?),
         _ => return Err(format!("\"{}\" is none of {OPERATIONS}", text.trim())),
     })
 }
@@ -119,12 +207,41 @@ fn interchange(positions: Vec<i32>) -> Operation {
 }
 
 fn add(what: &str, scale: Option<f32>) -> Result<Operation, String> {
+    let vector = Some(direction(what)?);
+    Ok(Operation::Add(pb::Add { vector, scale }))
+}
+
+/// `probe:NAME`, or what [`values`] reads.
+fn direction(what: &str) -> Result<pb::Vector, String> {
     let of = match probe(what) {
         Some(probe) => Of::Probe(probe),
-        None => Of::Values(one(number(what)?)),
+        None => Of::Values(values(what)?),
     };
-    let vector = Some(pb::Vector { of: Some(of) });
-    Ok(Operation::Add(pb::Add { vector, scale }))
+    Ok(pb::Vector { of: Some(of) })
+}
+
+/// A number, the same everywhere; or `FILE.npz` with an array, `FILE.npz:NAME` with several.
+fn values(what: &str) -> Result<pb::Tensor, String> {
+    let (path, name) = match what.rsplit_once(".npz") {
+        Some((stem, "")) => (format!("{stem}.npz"), None),
+        Some((stem, rest)) if rest.starts_with(':') => (format!("{stem}.npz"), rest.get(1..)),
+        Some(_) | None => return number(what).map(one),
+    };
+    let arrays = inputs::arrays(Path::new(&path))?;
+    let mut named = arrays
+        .into_iter()
+        .filter(|t| name.is_none_or(|n| t.name == n));
+    match (named.next(), named.next()) {
+        (Some(found), None) => Ok(pb::Tensor {
+            name: String::new(),
+            ..found
+        }),
+        (None, _) => Err(format!(
+            "\"{path}\" has no array \"{}\"",
+            name.unwrap_or_default()
+        )),
+        (Some(_), Some(_)) => Err(format!("\"{path}\" has several arrays: write {path}:NAME")),
+    }
 }
 
 fn noise(deviation: &str, seed: &str) -> Result<Operation, String> {
@@ -216,7 +333,8 @@ mod tests {
             ("z[head=-1] zero", "no number"),
             ("z nothing", "none of zero"),
             ("z scale much", "no number"),
-            ("z project-out 3", "no probe"),
+            ("z add none.npz", "none.npz"),
+            ("z set file.npz4", "no number"),
         ] {
             let error = parse(text).unwrap_err();
             assert!(error.contains(said), "{text}: {error}");

@@ -7,8 +7,8 @@ use tonic::transport::Channel;
 
 use crate::{
     cli::{
+        answers,
         arrays::{Array, Arrays},
-        assemble::Tally,
         error::CliError,
     },
     service::wire::introspect::{
@@ -78,53 +78,27 @@ pub(super) async fn ask(
     request: pb::LensRequest,
     bar: &ProgressBar,
 ) -> Result<Lensed, CliError> {
-    let mut stream = client.lens(request).await?.into_inner();
+    let stream = client.lens(request).await?.into_inner();
     let mut found = Lensed::default();
     let mut arrays = Arrays::default();
-    let mut tally = Tally::default();
-    let mut ended = false;
-    while let Some(message) = stream.message().await? {
-        if ended {
-            return Err(broken("it goes on after its summary"));
-        }
-        match message.item {
-            Some(Item::Tensor(t)) => {
-                tally.count(&[&t.data]);
-                arrays.take(t)?;
-                continue;
-            }
-            Some(Item::Summary(s)) => {
-                tally.check(s.messages, s.bytes, s.crc32c)?;
-                found.summary = s;
-                ended = true;
-                continue;
-            }
-            Some(Item::Header(header)) => found.header = header,
-            Some(Item::Progress(p)) => {
+    let take = |item| {
+        match item {
+            Item::Header(header) => found.header = header,
+            Item::Progress(p) => {
                 bar.set_length(p.rows_planned);
                 bar.set_position(p.rows_done);
             }
-            Some(Item::Attribution(a)) => found.attribution = Some(a),
-            Some(Item::Labels(l)) => {
+            Item::Attribution(attribution) => found.attribution = Some(attribution),
+            Item::Labels(l) => {
                 let named = l.labels.into_iter().map(|l| (l.index, l.label));
                 found.labels.extend(named);
             }
-            None => return Err(broken("a message holds nothing")),
+            Item::Tensor(piece) => arrays.take(piece)?,
+            Item::Summary(_) => {}
         }
-        tally.count(&[]);
-    }
-    bar.finish_and_clear();
-    if !ended {
-        return Err(CliError::new(
-            "the answer is incomplete: the stream ended without its summary",
-        )
-        .advise("ask again"));
-    }
-    let tensors = arrays.finish()?.into_iter();
-    found.tensors = tensors.map(|a| (a.name.clone(), a)).collect();
+        Ok(())
+    };
+    found.summary = answers::read(stream, |r| r.item, bar, take).await?;
+    found.tensors = arrays.by_name()?;
     Ok(found)
-}
-
-fn broken(why: &str) -> CliError {
-    CliError::new(format!("the answer is broken: {why}"))
 }

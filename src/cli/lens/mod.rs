@@ -12,7 +12,8 @@ use std::{
 use clap::{ArgGroup, Args};
 
 use super::{
-    attribute::{answer::progress, question::ChoiceArgs},
+    answers,
+    attribute::question::ChoiceArgs,
     capture::{
         Kind,
         select::{OtherArgs, TextArgs},
@@ -20,6 +21,7 @@ use super::{
     client::{Session, Target},
     error::CliError,
     files::write,
+    intervene::edit::EditArgs,
     out,
 };
 use crate::service::wire::introspect as pb;
@@ -54,6 +56,8 @@ pub(super) struct LensArgs {
     texts: TextArgs,
     #[command(flatten)]
     other: OtherArgs,
+    #[command(flatten)]
+    edits: EditArgs,
     #[command(flatten)]
     choice: ChoiceArgs,
     #[command(flatten)]
@@ -122,6 +126,7 @@ pub(super) async fn run(args: &LensArgs) -> Result<(), CliError> {
         Some(input) => input,
         None => args.texts.input(args.text.as_deref().unwrap_or_default()),
     };
+    let intervention = args.edits.intervention(&args.texts)?;
     let part = &args.part;
     let (session, model) = Session::for_model(&args.target, &args.model).await?;
     let request = pb::LensRequest {
@@ -137,9 +142,9 @@ pub(super) async fn run(args: &LensArgs) -> Result<(), CliError> {
         tuned: part.tuned.clone().unwrap_or_default(),
         logits: part.logits,
         no_heads: part.no_heads,
-        intervention: None,
+        intervention,
     };
-    let bar = progress(io::stderr().is_terminal());
+    let bar = answers::progress(io::stderr().is_terminal());
     let found = answer::ask(session.analyses(), request, &bar).await;
     session.close().await;
     let found = found?;

@@ -12,9 +12,8 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::{
+    answers,
     arrays::{self, Array, Arrays},
-    assemble::Tally,
-    attribute::answer,
     capture::{
         Kind, bulk,
         select::{Numbers, TextArgs, numbers},
@@ -331,32 +330,14 @@ async fn read(
     session: &Session,
     queue: mpsc::Receiver<pb::NeuronsRequest>,
 ) -> Result<Answer, CliError> {
-    let bar = answer::progress(io::stderr().is_terminal());
+    let bar = answers::progress(io::stderr().is_terminal());
     let mut client = session.analyses();
     let stream = client.neurons(ReceiverStream::new(queue)).await?;
-    let mut stream = stream.into_inner();
     let mut answer = Answer::default();
-    let (mut statistics, mut tally) = (Arrays::default(), Tally::default());
+    let mut statistics = Arrays::default();
     // The text whose pieces come, and its tokens.
     let mut open: Option<(String, Vec<pb::Token>, Arrays)> = None;
-    let mut ended = None;
-    while let Some(message) = stream.message().await? {
-        let Some(item) = message.item else { continue };
-        let payload: Vec<&[u8]> = match &item {
-            Item::Tensor(t) => vec![&t.data],
-            Item::Activations(a) => a.activations.iter().map(|t| &t.data[..]).collect(),
-            Item::Neuron(n) => {
-                let examples = n.examples.iter().filter_map(|e| e.activations.as_ref());
-                examples.map(|t| &t.data[..]).collect()
-            }
-            Item::Header(_) | Item::Progress(_) | Item::Failure(_) => Vec::new(),
-            Item::Summary(summary) => {
-                tally.check(summary.messages, summary.bytes, summary.crc32c)?;
-                ended = Some(summary.clone());
-                continue;
-            }
-        };
-        tally.count(&payload);
+    let take = |item| {
         match item {
             Item::Header(header) => answer.header = header,
             Item::Progress(progress) => bar.set_position(progress.texts),
@@ -376,19 +357,13 @@ async fn read(
             Item::Tensor(piece) => statistics.take(piece)?,
             Item::Summary(_) => {}
         }
-    }
-    bar.finish_and_clear();
-    let Some(summary) = ended else {
-        return Err(CliError::new(
-            "the answer is incomplete: the stream ended without its summary",
-        )
-        .advise("ask again"));
+        Ok(())
     };
+    answer.summary = answers::read(stream.into_inner(), |r| r.item, &bar, take).await?;
     if let Some(done) = open {
         answer.texts.push(closed(done)?);
     }
     answer.statistics = statistics.finish()?;
-    answer.summary = summary;
     Ok(answer)
 }
 

@@ -15,8 +15,10 @@ use std::{
 
 use self::stored::{ExportArgs, ImportArgs, ListArgs, One, delete, export, import, list, one};
 use super::{
+    capture::select::TextArgs,
     client::{Session, Target},
     error::CliError,
+    intervene::edit::EditArgs,
     out,
     picture::curve,
 };
@@ -38,6 +40,8 @@ Examples:
   What does it say of a text, and of each token? Of all texts of a file, a line of JSON for each?
     introspectd probe score bert sentiment \"Not bad at all.\" --per-token
     introspectd probe score bert sentiment --data reviews.tsv
+  And what would it say without a head?
+    introspectd probe score bert sentiment \"Not bad at all.\" --edit 'z[layer=3;head=1] zero'
   And which words make it say so? (more under `attribute`)
     introspectd attribute bert \"Not bad at all.\" --probe sentiment
   Those that there are; to another daemon and back:
@@ -196,6 +200,8 @@ struct ScoreArgs {
     /// Take probes of a model with another fingerprint
     #[arg(long)]
     force: bool,
+    #[command(flatten)]
+    edits: EditArgs,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -390,27 +396,22 @@ pub(super) fn reference(named: &str) -> pb::ProbeReference {
 }
 
 async fn score(args: &ScoreArgs) -> Result<(), CliError> {
+    let texts = TextArgs::default();
+    let intervention = args.edits.intervention(&texts)?;
     let (session, model) = Session::for_model(&args.target, &args.model).await?;
     let probes = args.probes.split(',').map(|named| pb::ProbeReference {
         force: args.force,
         ..reference(named)
     });
-    let of = args.text.as_ref().map(|text| {
-        let text = pb::Text {
-            text: text.clone(),
-            ..pb::Text::default()
-        };
-        pb::score_request::Of::Input(pb::Input {
-            kind: Some(pb::input::Kind::Text(text)),
-        })
-    });
+    let text = args.text.as_ref();
+    let of = text.map(|text| pb::score_request::Of::Input(texts.input(text)));
     let request = pb::ScoreRequest {
         model,
         probes: probes.collect(),
         of,
         per_token: args.per_token,
         predict: args.predict,
-        intervention: None,
+        intervention,
     };
     if let Some(path) = &args.data {
         let scored = bulk::score(&session, request, path, &args.text_column).await;

@@ -5,7 +5,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use tonic::transport::Channel;
 
 use crate::{
-    cli::error::CliError,
+    cli::{answers, assemble::Broken, error::CliError},
     service::wire::introspect::{
         self as pb, probe_service_client::ProbeServiceClient, train_request::Item as Asked,
         train_response::Item,
@@ -24,29 +24,24 @@ pub(in crate::cli) async fn train(
     let items =
         std::iter::once(Asked::Header(header)).chain(examples.into_iter().map(Asked::Example));
     let requests = stream::iter(items.map(|item| pb::TrainRequest { item: Some(item) }));
-    let mut answer = client.train(requests).await?.into_inner();
-    let (mut result, mut ended) = (None, false);
-    while let Some(message) = answer.message().await? {
-        match message.item {
-            Some(Item::Progress(p)) => {
+    let stream = client.train(requests).await?.into_inner();
+    let mut result = None;
+    let take = |item| {
+        match item {
+            Item::Progress(p) => {
                 bar.set_position(p.examples_run);
                 if p.examples_run == count {
                     bar.set_message(format!("{} of {} hook points", p.hooks_done, p.hooks));
                 }
             }
-            Some(Item::Report(r)) => bar.set_message(r.hook),
-            Some(Item::Result(r)) => result = Some(r),
-            Some(Item::Summary(_)) => ended = true,
-            None => {}
+            Item::Report(r) => bar.set_message(r.hook),
+            Item::Result(r) => result = Some(r),
+            Item::Summary(_) => {}
         }
-    }
-    bar.finish_and_clear();
-    match (result, ended) {
-        (Some(result), true) => Ok(result),
-        _ => Err(CliError::new(
-            "the daemon ended its answer before it was complete: try again",
-        )),
-    }
+        Ok(())
+    };
+    answers::read(stream, |r| r.item, bar, take).await?;
+    result.ok_or_else(|| Broken::new("it holds no result").into())
 }
 
 /// A bar for examples, where somebody looks.

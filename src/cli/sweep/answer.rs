@@ -7,8 +7,8 @@ use tonic::transport::Channel;
 
 use crate::{
     cli::{
+        answers,
         arrays::{Array, Arrays},
-        assemble::Tally,
         error::CliError,
     },
     service::wire::introspect::{
@@ -43,49 +43,26 @@ pub(in crate::cli) async fn ask(
     request: pb::SweepRequest,
     bar: &ProgressBar,
 ) -> Result<Swept, CliError> {
-    let mut stream = client.sweep(request).await?.into_inner();
+    let stream = client.sweep(request).await?.into_inner();
     let mut found = Swept::default();
-    let (mut arrays, mut tally, mut ended) = (Arrays::default(), Tally::default(), false);
-    while let Some(message) = stream.message().await? {
-        match message.item {
-            Some(Item::Header(header)) => {
-                tally.count(&[]);
+    let mut arrays = Arrays::default();
+    let take = |item| {
+        match item {
+            Item::Header(header) => {
                 bar.set_length(header.rows);
                 found.header = header;
             }
-            Some(Item::Progress(progress)) => {
-                tally.count(&[]);
+            Item::Progress(progress) => {
                 bar.set_length(progress.rows_planned);
                 bar.set_position(progress.rows_done);
             }
-            Some(Item::Tensor(tensor)) => {
-                tally.count(&[&tensor.data]);
-                arrays.take(tensor)?;
-            }
-            Some(Item::Result(result)) => {
-                tally.count(&[]);
-                found.result = result;
-            }
-            Some(Item::Summary(summary)) => {
-                tally.check(summary.messages, summary.bytes, summary.crc32c)?;
-                ended = true;
-                found.summary = summary;
-            }
-            None => {
-                return Err(CliError::new(
-                    "the answer is broken: a message holds nothing",
-                ));
-            }
+            Item::Tensor(piece) => arrays.take(piece)?,
+            Item::Result(result) => found.result = result,
+            Item::Summary(_) => {}
         }
-    }
-    bar.finish_and_clear();
-    if !ended {
-        return Err(CliError::new(
-            "the answer is incomplete: the stream ended without its summary",
-        )
-        .advise("ask again"));
-    }
-    let tensors = arrays.finish()?.into_iter();
-    found.tensors = tensors.map(|a| (a.name.clone(), a)).collect();
+        Ok(())
+    };
+    found.summary = answers::read(stream, |r| r.item, bar, take).await?;
+    found.tensors = arrays.by_name()?;
     Ok(found)
 }

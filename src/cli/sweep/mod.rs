@@ -11,7 +11,8 @@ use std::{
 use clap::{Args, ValueEnum};
 
 use super::{
-    attribute::{TargetArgs, answer as attributed},
+    answers,
+    attribute::TargetArgs,
     capture::{
         Kind,
         select::{Numbers, OtherArgs, TextArgs, numbers},
@@ -22,6 +23,7 @@ use super::{
 };
 use crate::service::wire::introspect::{self as pb, sweep_request::Change};
 pub(super) use answer::{Swept, ask};
+use intervene::edit::MeanArgs;
 pub(super) use show::{html, page};
 
 pub(super) const EXAMPLES: &str = "\
@@ -89,23 +91,19 @@ pub(super) struct SweepArgs {
     /// What a part is: an index along each of these axes [default: head, of z; the whole, of others]
     #[arg(long, value_enum, value_delimiter = ',')]
     by: Vec<By>,
-    /// Put parts to what they are for this text (activation patching); without it and --mean, to zero
-    #[arg(long, value_name = "TEXT")]
+    /// Put parts to what they are for this text (activation patching); with --mean, to that; else to zero
+    #[arg(long, value_name = "TEXT", conflicts_with_all = ["mean", "mean_file"])]
     patch: Option<String>,
     /// The same, for these token ids
     #[arg(
         long,
         value_name = "ID,...",
         value_delimiter = ',',
-        conflicts_with = "patch"
+        conflicts_with_all = ["patch", "mean", "mean_file"]
     )]
     patch_ids: Vec<u32>,
-    /// Put parts to their mean over this text (may be given more than once)
-    #[arg(long, value_name = "TEXT", conflicts_with_all = ["patch", "patch_ids"])]
-    mean: Vec<String>,
-    /// Put parts to their mean over the lines of a file
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["patch", "patch_ids"])]
-    mean_file: Option<PathBuf>,
+    #[command(flatten)]
+    mean: MeanArgs,
     /// How effects are found
     #[arg(long, value_enum, default_value_t)]
     method: Method,
@@ -146,7 +144,7 @@ pub(super) async fn run(args: &SweepArgs) -> Result<(), CliError> {
     let mut request = args.request()?;
     let (session, model) = Session::for_model(&args.target, &args.model).await?;
     request.model = model;
-    let bar = attributed::progress(io::stderr().is_terminal());
+    let bar = answers::progress(io::stderr().is_terminal());
     let found = ask(session.interventions(), request, &bar).await;
     session.close().await;
     let found = found?;
@@ -211,19 +209,10 @@ impl SweepArgs {
                 kind: Some(pb::input::Kind::Tokens(tokens)),
             }));
         }
-        let mut texts = self.mean.clone();
-        if let Some(path) = &self.mean_file {
-            let read = std::fs::read_to_string(path).map_err(|e| {
-                CliError::new(format!("\"{}\" cannot be read: {e}", path.display()))
-            })?;
-            texts.extend(read.lines().filter(|l| !l.is_empty()).map(str::to_owned));
-        }
-        if texts.is_empty() && self.mean_file.is_none() {
-            return Ok(Change::Zero(pb::Zero {}));
-        }
-        let inputs = texts.iter().map(|text| self.texts.input(text));
-        Ok(Change::Mean(pb::Mean {
-            inputs: inputs.collect(),
-        }))
+        let inputs = self.mean.inputs(&self.texts)?;
+        Ok(match inputs.is_empty() {
+            true => Change::Zero(pb::Zero {}),
+            false => Change::Mean(pb::Mean { inputs }),
+        })
     }
 }

@@ -17,14 +17,16 @@ use petgraph::{algo::dinics, graph::DiGraph};
 use super::{
     Attributed, Cost, Explanation, Extent, Extra,
     baseline::{moved, no_hook},
-    subject::{Show, Subject, floats},
-    target,
 };
 use crate::{
     engine::EngineError,
     ipc::{
         info::{HookInfo, ModelInfo},
         spec::Reduction,
+    },
+    methods::{
+        subject::{Show, Subject, floats},
+        target,
     },
     tensor::Tensor,
 };

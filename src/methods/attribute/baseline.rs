@@ -5,11 +5,13 @@
 
 use std::ops::Range;
 
-use super::subject::{Show, Subject, floats};
 use crate::{
     engine::{EngineError, NamedTensor, TextInput, TokenizeOptions},
     ipc::info::{InputInfo, InputRole, ModelInfo},
-    methods::input::{self, Token},
+    methods::{
+        input::{self, Token},
+        subject::{Show, Subject, floats},
+    },
     tensor::Tensor,
 };
 

@@ -15,11 +15,11 @@ use super::{
     game::Game,
     quadrature::Quadrature,
     site::{Move, Site},
-    subject::{Show, floats},
 };
 use crate::{
     engine::EngineError,
     ipc::{info::Axis, spec::Reduction},
+    methods::subject::{Show, floats},
 };
 
 /// Most numbers that are kept of the layer: its values and gradients at every point.

@@ -17,7 +17,7 @@ use super::{
     site::{Move, Site},
     smooth::Mean,
 };
-use crate::{engine::EngineError, tensor::Tensor};
+use crate::{engine::EngineError, methods::subject::Subject, tensor::Tensor};
 
 /// Rows by which rounding is measured: the point itself, every number moved by less than its last place.
 const ROUNDING_ROWS: usize = 8;
@@ -366,7 +366,7 @@ async fn differences(
     e: &mut Explanation,
     wanted: &[Derivative],
     direction: impl Fn(&Derivative) -> Vec<(usize, f32)>,
-    mut each: impl FnMut(&super::subject::Subject, &Derivative, Found),
+    mut each: impl FnMut(&Subject, &Derivative, Found),
 ) -> Result<(), EngineError> {
     let sigma = rounding(e, site).await?;
     let looks = scheme.looks();

@@ -1,11 +1,10 @@
 //! The input as a game: which features are there, and what F is then.
 
-use super::{
-    baseline::Compared,
-    features::Features,
-    subject::{Show, Subject},
+use super::{baseline::Compared, features::Features};
+use crate::{
+    engine::EngineError,
+    methods::subject::{Show, Subject},
 };
-use crate::engine::EngineError;
 
 /// Which players are there.
 pub(super) type Coalition = Vec<bool>;

@@ -32,8 +32,6 @@ pub mod regression;
 pub mod shapley;
 mod site;
 pub mod smooth;
-pub(in crate::methods) mod subject;
-pub mod target;
 
 pub use baseline::Baseline;
 pub use conductance::Conductance;
@@ -47,13 +45,15 @@ pub use lime::{Lime, LimeVariant};
 pub use occlusion::Occlusion;
 pub use shapley::ShapleySampling;
 pub use smooth::{GradientShap, SmoothGrad, Smoothed};
-pub use subject::{Partial, Spent};
-pub use target::Target;
 
 use tokio::sync::watch;
 
-use self::{baseline::Compared, subject::Subject};
-use super::input::{self, Input, Token};
+use self::baseline::Compared;
+use super::{
+    input::{self, Input, Token},
+    subject::{Partial, Show, Spent, Subject},
+    target::{self, Target},
+};
 use crate::{
     engine::{Ctx, EngineError, Lane, ModelHandle},
     tensor::{DType, Tensor},
@@ -448,7 +448,7 @@ pub async fn start(
     let mut value = f64::NAN;
     subject
         .values(
-            &subject::Show::objective(),
+            &Show::objective(),
             (1, 1),
             |_| Ok(Vec::new()),
             |_, _, v| value = v,

@@ -4,16 +4,14 @@
 
 use std::{collections::BTreeMap, ops::Range};
 
-use super::{
-    baseline::{Compared, EMBED, float_input, moved, named, no_hook},
-    subject::{Show, Subject, floats},
-};
+use super::baseline::{Compared, EMBED, float_input, moved, named, no_hook};
 use crate::{
     engine::{EngineError, NamedTensor},
     ipc::{
         info::{Axis, ModelInfo},
         spec::{Reduction, Rules, VALUE_PREFIX},
     },
+    methods::subject::{Show, Subject, floats},
     tensor::DType,
 };
 

@@ -20,8 +20,9 @@ use crate::{
         spec::{Stage, VariantSpec},
     },
     methods::{
-        attribute::{draw::Draws, target::at},
+        attribute::draw::Draws,
         input::{self, Input, Prepared},
+        target::at,
     },
     tensor::Tensor,
 };

@@ -5,9 +5,10 @@ use crate::{
     engine::EngineError,
     ipc::info::{Axis, HookInfo, ModelInfo},
     methods::{
-        attribute::{features, target::at},
+        attribute::features,
         input::Token,
         select::{self, Point},
+        target::at,
     },
 };
 

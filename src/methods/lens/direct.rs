@@ -31,8 +31,8 @@ use crate::{
         info::{Axis, HookInfo, ModelInfo},
         spec::{Reduction, Rules, VariantSpec, state_input},
     },
-    methods::attribute::{
-        baseline::{named, no_hook},
+    methods::{
+        attribute::baseline::{named, no_hook},
         subject::{Show, Subject, floats},
     },
 };

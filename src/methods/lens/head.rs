@@ -20,8 +20,8 @@ use super::{
 use crate::{
     engine::{EngineError, PickSpec, RowGroup, RowsDone},
     ipc::spec::{VariantSpec, state_input},
-    methods::attribute::{
-        baseline::named,
+    methods::{
+        attribute::baseline::named,
         subject::{Queued, Subject, floats},
     },
     tensor::DType,

@@ -33,13 +33,10 @@ use self::{
     view::Asked,
 };
 use super::{
-    attribute::{
-        Partial, Spent,
-        subject::Subject,
-        target::{self, Objective, Target},
-    },
     input::{self, Input, Token},
     predict::{self, At, Candidate, Places, Prediction},
+    subject::{Partial, Spent, Subject},
+    target::{self, Objective, Target},
 };
 use crate::{
     engine::{Ctx, EngineError, Lane, ModelHandle},

@@ -8,8 +8,8 @@ use crate::{
     engine::{EngineError, NamedTensor, PickSpec, RowGroup},
     ipc::info::InputRole,
     methods::{
-        attribute::subject::{Show, Subject, batched},
         input,
+        subject::{Show, Subject, batched},
     },
 };
 

@@ -14,8 +14,8 @@ use crate::{
         info::{Axis, HookInfo, ModelInfo},
         spec::VariantSpec,
     },
-    methods::attribute::{
-        baseline::no_hook,
+    methods::{
+        attribute::baseline::no_hook,
         subject::{Subject, floats},
     },
     tensor::DType,

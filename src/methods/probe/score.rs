@@ -10,11 +10,11 @@ use super::{
 use crate::{
     engine::{Ctx, EngineError, Lane, ModelHandle, StageTimings},
     methods::{
-        attribute::target::Readout,
         capture::{self, Logits, Question, Selection},
         input::{Input, Token},
         predict::Prediction,
         reduce::{self, Pooling},
+        target::Readout,
     },
     tensor::Tensor,
 };

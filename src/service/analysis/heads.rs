@@ -2,12 +2,8 @@
 
 use std::time::Duration;
 
-use futures::StreamExt as _;
-use tokio::{sync::mpsc, time::MissedTickBehavior};
-use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use super::{Messaged, WAITING};
 use crate::{
     engine::{Ctx, EngineError, Lane},
     methods::{
@@ -20,19 +16,18 @@ use crate::{
     service::{
         call::Call,
         daemon::State,
-        driven::driven,
         explained::Explained,
         from_proto::{named, or, required_input, tensor, unknown},
-        messages::{Ledger, Pieces},
-        status, to_proto,
+        messages::{Item, Pieces},
+        status,
+        teller::{self, Ended, Messaged, Teller},
+        to_proto,
         wire::introspect::{
             self as pb, head_detector::Pattern as Given, heads_response::Item as Message,
         },
     },
 };
 
-/// How often progress is told: at least twice a second.
-const TICK: Duration = Duration::from_millis(400);
 /// Most inputs.
 const MOST_INPUTS: usize = 4096;
 /// Most measures: each may be named twice.
@@ -52,13 +47,6 @@ const RANKED: usize = 10;
 
 type Result<T> = std::result::Result<T, EngineError>;
 
-/// Measurements that have begun, and the record of their time.
-struct Begun {
-    started: Started,
-    header: pb::HeadsHeader,
-    explained: Explained,
-}
-
 /// Answers a request.
 pub(super) async fn answer(
     state: &State,
@@ -67,16 +55,22 @@ pub(super) async fn answer(
     let call = Call::of(&request);
     let ctx = call.ctx();
     let begun = begin(state, request.into_inner(), &call, &ctx).await;
-    let begun = begun.map_err(|e| status::status(&e))?;
-    let (sender, messages) = mpsc::channel(WAITING);
-    // Dropped with the stream: what it waits for is cancelled.
-    let work = measure(begun, (call, ctx), sender);
-    let messages =
-        ReceiverStream::new(messages).map(|m| m.map(|item| pb::HeadsResponse { item: Some(item) }));
-    Ok(Response::new(Box::pin(driven(work, messages))))
+    let ((started, seed), explained) = begun.map_err(|e| status::status(&e))?;
+    Ok(teller::answer(
+        (call, explained),
+        Message::Summary,
+        |item| pb::HeadsResponse { item: Some(item) },
+        move |teller| Box::pin(tell(started, seed, teller)),
+    ))
 }
 
-async fn begin(state: &State, request: pb::HeadsRequest, call: &Call, ctx: &Ctx) -> Result<Begun> {
+/// Validates a request, with the seed of its repeated sequences. Errors of a known model are recorded as its.
+async fn begin(
+    state: &State,
+    request: pb::HeadsRequest,
+    call: &Call,
+    ctx: &Ctx,
+) -> Result<((Started, u64), Explained)> {
     let (model, wanted) = from_proto(request)?;
     let seed = wanted.repeated.seed;
     let handle = state.registry.get(&model)?;
@@ -85,17 +79,8 @@ async fn begin(state: &State, request: pb::HeadsRequest, call: &Call, ctx: &Ctx)
         max_bytes: state.config.max_capture,
         lane: Lane::Interactive,
     };
-    match heads::start(&handle, wanted, terms, ctx).await {
-        Ok(started) => Ok(Begun {
-            header: header(&started, seed),
-            started,
-            explained,
-        }),
-        Err(error) => {
-            explained.failed(&error);
-            Err(error)
-        }
-    }
+    let started = heads::start(&handle, wanted, terms, ctx).await;
+    explained.begun(started.map(|started| (started, seed)))
 }
 
 fn header(started: &Started, seed: u64) -> pb::HeadsHeader {
@@ -260,79 +245,51 @@ fn repeated(given: pb::RepeatedSequences) -> Result<Repeated> {
     })
 }
 
-/// Sends a header, progress, the tensors, a summary.
-async fn measure(
-    begun: Begun,
-    (call, ctx): (Call, Ctx),
-    sender: mpsc::Sender<std::result::Result<Message, Status>>,
-) {
-    let Begun {
-        started,
-        header,
-        explained,
-    } = begun;
-    let mut ledger = Ledger::default();
-    ledger.sent(&[]);
-    if sender.send(Ok(Message::Header(header))).await.is_err() {
-        return;
+impl Item for Message {
+    fn payload(&self) -> Vec<&[u8]> {
+        match self {
+            Message::Tensor(t) => vec![&t.data],
+            Message::Header(_)
+            | Message::Progress(_)
+            | Message::Ranking(_)
+            | Message::Summary(_) => Vec::new(),
+        }
     }
-    let (watch, truncated) = (started.watch(), started.truncated);
+
+    fn summary(&self) -> Option<&pb::Summary> {
+        match self {
+            Message::Summary(summary) => Some(summary),
+            Message::Header(_)
+            | Message::Progress(_)
+            | Message::Ranking(_)
+            | Message::Tensor(_) => None,
+        }
+    }
+}
+
+/// Sends a header, progress, the tensors.
+async fn tell(started: Started, seed: u64, teller: &mut Teller<Message>) -> Result<Ended> {
+    teller.send(Message::Header(header(&started, seed))).await?;
+    let (watch, truncated_tokens) = (started.watch(), started.truncated);
     let layers = started.layers.clone();
-    let mut tick = tokio::time::interval_at(tokio::time::Instant::now() + TICK, TICK);
-    tick.set_missed_tick_behavior(MissedTickBehavior::Skip);
-    let mut run = std::pin::pin!(started.run(&ctx));
-    let found = loop {
-        tokio::select! {
-            found = &mut run => break found,
-            _ = tick.tick() => {
-                let progress = *watch.borrow();
-                let progress = pb::HeadsProgress {
-                    rows_done: progress.done,
-                    rows_planned: progress.planned,
-                    elapsed_seconds: call.arrived.elapsed().as_secs_f64(),
-                };
-                // A reader that is behind gets the next one.
-                if let Ok(room) = sender.try_reserve() {
-                    ledger.sent(&[]);
-                    room.send(Ok(Message::Progress(progress)));
-                }
-            }
-        }
+    let ctx = teller.call.ctx();
+    let progress = |elapsed: Duration| {
+        let progress = *watch.borrow();
+        Message::Progress(pb::HeadsProgress {
+            rows_done: progress.done,
+            rows_planned: progress.planned,
+            elapsed_seconds: elapsed.as_secs_f64(),
+        })
     };
-    let told = found.and_then(|found| Ok((told(&found, &layers)?, found)));
-    match told {
-        Ok((messages, found)) => {
-            for message in messages {
-                match &message {
-                    Message::Tensor(t) => ledger.sent(&[&t.data]),
-                    Message::Header(_)
-                    | Message::Progress(_)
-                    | Message::Ranking(_)
-                    | Message::Summary(_) => ledger.sent(&[]),
-                }
-                if sender.send(Ok(message)).await.is_err() {
-                    return;
-                }
-            }
-            explained.answered(&found.timings);
-            let summary = pb::Summary {
-                messages: ledger.messages,
-                bytes: ledger.bytes,
-                crc32c: ledger.crc32c,
-                timings: Some(to_proto::timings(&found.timings, call.arrived.elapsed())),
-                rows: found.rows,
-                truncated_tokens: truncated,
-                non_finite: Vec::new(),
-                notes: found.notes,
-            };
-            // A reader that left needs none.
-            let _ = sender.send(Ok(Message::Summary(summary))).await;
-        }
-        Err(error) => {
-            explained.failed(&error);
-            let _ = sender.send(Err(status::status(&error))).await;
-        }
-    }
+    let found = teller.working(started.run(&ctx), progress).await?;
+    teller.send_all(told(&found, &layers)?).await?;
+    Ok(Ended {
+        timings: found.timings,
+        rows: found.rows,
+        truncated_tokens,
+        notes: found.notes,
+        ..Ended::default()
+    })
 }
 
 /// The tensors, each of `[layer, head]` behind its ranking.

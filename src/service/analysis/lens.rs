@@ -3,16 +3,12 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::StreamExt as _;
-use tokio::{sync::mpsc, time::MissedTickBehavior};
-use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status};
 
-use super::Messaged;
 use crate::{
-    engine::{Ctx, EngineError, Lane, StageTimings},
+    engine::{Ctx, EngineError, Lane},
     methods::{
-        attribute::Partial,
+        Partial,
         lens::{
             self, Direct, Lensed, Parts, Question, Residual, Started, Terms, Views,
             tuned::{self, Tuned},
@@ -22,20 +18,17 @@ use crate::{
         attribution::to_proto::{floats, term},
         call::Call,
         daemon::State,
-        driven::driven,
         explained::Explained,
         from_proto::{or, unknown},
-        messages::{Ledger, Pieces},
-        status, to_proto,
+        messages::{Item, Pieces},
+        status,
+        teller::{self, Ended, Messaged, Teller},
+        to_proto,
         wire::introspect::{self as pb, lens_response::Item as Message},
     },
     tensor::{DType, Tensor},
 };
 
-/// How often progress is told: at least twice a second.
-const TICK: Duration = Duration::from_millis(400);
-/// Messages that wait for a slow reader. Progress is left out before anything waits for it.
-const WAITING: usize = 4;
 /// Labels kept of each place, unless said.
 const DEFAULT_TOP: u32 = 5;
 /// Most labels kept of each place.
@@ -47,12 +40,6 @@ const MOST_POSITIONS: usize = 65_536;
 /// Names of a message.
 const NAMES_AT_A_TIME: usize = 4096;
 
-/// A lens that has begun, and the record of its time.
-struct Begun {
-    started: Started,
-    explained: Explained,
-}
-
 /// Begins a lens and answers as it goes on.
 pub(super) async fn answer(
     state: &State,
@@ -61,13 +48,13 @@ pub(super) async fn answer(
     let call = Call::of(&request);
     let ctx = call.ctx();
     let begun = state.lens(request.into_inner(), &call, &ctx).await;
-    let begun = begun.map_err(|e| status::status(&e))?;
-    let (sender, messages) = mpsc::channel(WAITING);
-    // Dropped with the stream: what it waits for is cancelled.
-    let work = told(begun, call, sender);
-    let messages = ReceiverStream::new(messages)
-        .map(|m: Result<Message, Status>| m.map(|i| pb::LensResponse { item: Some(i) }));
-    Ok(Response::new(Box::pin(driven(work, messages))))
+    let (started, explained) = begun.map_err(|e| status::status(&e))?;
+    Ok(teller::answer(
+        (call, explained),
+        Message::Summary,
+        |item| pb::LensResponse { item: Some(item) },
+        |teller| Box::pin(tell(started, teller)),
+    ))
 }
 
 impl State {
@@ -77,7 +64,7 @@ impl State {
         request: pb::LensRequest,
         call: &Call,
         ctx: &Ctx,
-    ) -> Result<Begun, EngineError> {
+    ) -> Result<(Started, Explained), EngineError> {
         let lane = Lane::Interactive;
         let parts = parts(&request.parts)?;
         let top = or(request.top_k, DEFAULT_TOP);
@@ -136,13 +123,7 @@ impl State {
             };
             lens::start(&edited, question, terms, ctx).await
         };
-        match begun.await {
-            Ok(started) => Ok(Begun { started, explained }),
-            Err(error) => {
-                explained.failed(&error);
-                Err(error)
-            }
-        }
+        explained.begun(begun.await)
     }
 
     /// The maps of a tuned lens, off the serving threads.
@@ -178,82 +159,57 @@ fn parts(given: &[i32]) -> Result<Parts, EngineError> {
     Ok(parts)
 }
 
-/// Sends a header, progress, what was found, a summary.
-async fn told(begun: Begun, call: Call, sender: mpsc::Sender<Result<Message, Status>>) {
-    let Begun { started, explained } = begun;
-    let mut ledger = Ledger::default();
-    ledger.sent(&[]);
-    let header = Message::Header(header(&started));
-    if sender.send(Ok(header)).await.is_err() {
-        return;
-    }
-    let (truncated, states) = (started.truncated, started.states.len());
-    let (positions, length) = (started.positions.len(), started.length);
-    let mut watch = started.watch();
-    let mut tick = tokio::time::interval_at(tokio::time::Instant::now() + TICK, TICK);
-    tick.set_missed_tick_behavior(MissedTickBehavior::Skip);
-    let mut run = std::pin::pin!(started.run());
-    let found = loop {
-        tokio::select! {
-            found = &mut run => break found,
-            _ = tick.tick() => {
-                let progress = progress(&watch.borrow_and_update(), call.arrived.elapsed());
-                // A reader that is behind gets the next one.
-                if let Ok(room) = sender.try_reserve() {
-                    ledger.sent(&[]);
-                    room.send(Ok(Message::Progress(progress)));
-                }
-            }
-        }
-    };
-    let extents = Extents {
-        states,
-        positions,
-        length,
-    };
-    let tensors = found.and_then(|found| Ok((tensors(&found, extents)?, found)));
-    let (tensors, found) = match tensors {
-        Ok(done) => done,
-        Err(error) => {
-            explained.failed(&error);
-            // A reader that left needs no error.
-            let _ = sender.send(Err(status::status(&error))).await;
-            return;
-        }
-    };
-    let messages = found
-        .direct
-        .iter()
-        .map(|d| Message::Attribution(attribution(d)))
-        .chain(labels(&found.labels).map(Message::Labels))
-        .chain(tensors.into_iter().flatten().map(Message::Tensor));
-    for message in messages {
-        match &message {
-            Message::Tensor(t) => ledger.sent(&[&t.data]),
+impl Item for Message {
+    fn payload(&self) -> Vec<&[u8]> {
+        match self {
+            Message::Tensor(t) => vec![&t.data],
             Message::Header(_)
             | Message::Progress(_)
             | Message::Attribution(_)
             | Message::Labels(_)
-            | Message::Summary(_) => ledger.sent(&[]),
-        }
-        if sender.send(Ok(message)).await.is_err() {
-            return;
+            | Message::Summary(_) => Vec::new(),
         }
     }
-    let timings: StageTimings = found.spent.timings;
-    explained.answered(&timings);
-    let summary = pb::Summary {
-        messages: ledger.messages,
-        bytes: ledger.bytes,
-        crc32c: ledger.crc32c,
-        timings: Some(to_proto::timings(&timings, call.arrived.elapsed())),
-        rows: found.spent.forward_rows + found.spent.gradient_rows,
-        truncated_tokens: truncated,
+
+    fn summary(&self) -> Option<&pb::Summary> {
+        match self {
+            Message::Summary(summary) => Some(summary),
+            Message::Header(_)
+            | Message::Progress(_)
+            | Message::Attribution(_)
+            | Message::Labels(_)
+            | Message::Tensor(_) => None,
+        }
+    }
+}
+
+/// Sends a header, progress, what was found.
+async fn tell(started: Started, teller: &mut Teller<Message>) -> Result<Ended, EngineError> {
+    teller.send(Message::Header(header(&started))).await?;
+    let extents = Extents {
+        states: started.states.len(),
+        positions: started.positions.len(),
+        length: started.length,
+    };
+    let truncated_tokens = started.truncated;
+    let watch = started.watch();
+    let progress = |elapsed| Message::Progress(progress(&watch.borrow(), elapsed));
+    let found = teller.working(started.run(), progress).await?;
+    let tensors = tensors(&found, extents)?;
+    if let Some(direct) = &found.direct {
+        let message = Message::Attribution(attribution(direct));
+        teller.send(message).await?;
+    }
+    let labels = labels(&found.labels).map(Message::Labels);
+    teller.send_all(labels).await?;
+    let tensors = tensors.into_iter().flatten().map(Message::Tensor);
+    teller.send_all(tensors).await?;
+    Ok(Ended {
+        truncated_tokens,
         non_finite: found.non_finite,
         notes: found.notes,
-    };
-    // A reader that left needs none.
-    let _ = sender.send(Ok(Message::Summary(summary))).await;
+        ..Ended::of(&found.spent)
+    })
 }
 
 fn header(started: &Started) -> pb::LensHeader {

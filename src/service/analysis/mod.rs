@@ -4,20 +4,15 @@ mod heads;
 mod lens;
 mod neurons;
 
-use std::{pin::Pin, sync::Arc};
+use std::sync::Arc;
 
-use futures::Stream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{
     daemon::State,
+    teller::Messaged,
     wire::introspect::{self as pb, analysis_service_server::AnalysisService},
 };
-
-/// Messages that wait for a slow reader. Progress is left out before anything waits for it.
-const WAITING: usize = 4;
-
-type Messaged<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 pub(super) struct Analyses {
     pub(super) state: Arc<State>,

@@ -3,13 +3,10 @@
 use std::{collections::BTreeMap, pin::pin, sync::Arc, time::Duration};
 
 use futures::StreamExt as _;
-use tokio::{sync::mpsc, time::MissedTickBehavior};
-use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::{Messaged, WAITING};
 use crate::{
-    engine::{EngineError, StageTimings},
+    engine::EngineError,
     methods::{
         input::Token,
         neurons::{Example, Name, Neurons, Ranked, Ranking, Search, Set, Text, Told},
@@ -19,11 +16,12 @@ use crate::{
         bulk::AHEAD,
         call::Call,
         daemon::State,
-        driven::driven,
         explained::Explained,
         from_proto::{id, named, or, required_input, unknown},
-        messages::{Ledger, Pieces},
-        status, to_proto,
+        messages::{Item, Pieces},
+        status,
+        teller::{self, Ended, Messaged, Teller},
+        to_proto,
         wire::introspect::{
             self as pb, neurons_request::Item as Asked, neurons_response::Item as Message,
         },
@@ -31,8 +29,6 @@ use crate::{
     tensor::Tensor,
 };
 
-/// How often progress is told: at least twice a second.
-const TICK: Duration = Duration::from_millis(400);
 /// Neurons when nobody says.
 const DEFAULT_NEURONS: u32 = 20;
 /// Most neurons that are told.
@@ -45,13 +41,11 @@ const DEFAULT_CONTEXT: u32 = 8;
 const MOST_CONTEXT: u32 = 64;
 
 type Result<T> = std::result::Result<T, EngineError>;
-type Sender = mpsc::Sender<std::result::Result<Message, Status>>;
 
 /// A search whose header was understood.
 struct Begun {
     neurons: Arc<Neurons>,
     statistics: bool,
-    explained: Explained,
 }
 
 /// Answers a stream.
@@ -62,16 +56,21 @@ pub(super) async fn answer(
     let call = Call::of(&request);
     let mut requests = request.into_inner();
     let first = requests.message().await?;
-    let begun = begin(state, first, &call).map_err(|e| status::status(&e))?;
-    let (sender, messages) = mpsc::channel(WAITING);
-    // Dropped with the stream: what it waits for is cancelled.
-    let work = run(begun, requests, call, sender);
-    let messages = ReceiverStream::new(messages)
-        .map(|m| m.map(|item| pb::NeuronsResponse { item: Some(item) }));
-    Ok(Response::new(Box::pin(driven(work, messages))))
+    let begun = begin(state, first, &call);
+    let (begun, explained) = begun.map_err(|e| status::status(&e))?;
+    Ok(teller::answer(
+        (call, explained),
+        Message::Summary,
+        |item| pb::NeuronsResponse { item: Some(item) },
+        |teller| Box::pin(tell(begun, requests, teller)),
+    ))
 }
 
-fn begin(state: &State, first: Option<pb::NeuronsRequest>, call: &Call) -> Result<Begun> {
+fn begin(
+    state: &State,
+    first: Option<pb::NeuronsRequest>,
+    call: &Call,
+) -> Result<(Begun, Explained)> {
     let Some(Asked::Header(header)) = first.and_then(|r| r.item) else {
         return Err(EngineError::invalid(
             "header",
@@ -83,18 +82,12 @@ fn begin(state: &State, first: Option<pb::NeuronsRequest>, call: &Call) -> Resul
     let search = search(header).map_err(|e| e.beneath("header"))?;
     let handle = state.registry.get(&model)?;
     let explained = Explained::new(&model, "neurons", call.arrived);
-    match Neurons::begin(handle, search, state.config.max_capture) {
-        Ok(neurons) => Ok(Begun {
-            neurons: Arc::new(neurons),
-            statistics,
-            explained,
-        }),
-        Err(error) => {
-            let error = error.beneath("header");
-            explained.failed(&error);
-            Err(error)
-        }
-    }
+    let neurons = Neurons::begin(handle, search, state.config.max_capture);
+    let begun = neurons.map(|neurons| Begun {
+        neurons: Arc::new(neurons),
+        statistics,
+    });
+    explained.begun(begun.map_err(|e| e.beneath("header")))
 }
 
 /// Paths of fields begin at the header.
@@ -159,102 +152,62 @@ fn text(given: pb::NeuronsText, number: u64) -> Result<Text> {
     })
 }
 
-struct Teller {
-    sender: Sender,
-    ledger: Ledger,
-    call: Call,
-    progress: pb::NeuronsProgress,
-    timings: StageTimings,
-    rows: u64,
-    truncated: u32,
-    failure: Option<EngineError>,
-}
-
-impl Teller {
-    /// Says that the reader left when it did.
-    async fn send(&mut self, message: Message) -> Result<()> {
-        let payload = match &message {
+impl Item for Message {
+    fn payload(&self) -> Vec<&[u8]> {
+        match self {
             Message::Tensor(t) => vec![&t.data],
-            Message::Activations(a) => a.activations.iter().map(|t| &t.data).collect(),
+            Message::Activations(a) => a.activations.iter().map(|t| &t.data[..]).collect(),
             Message::Neuron(n) => {
                 let examples = n.examples.iter().filter_map(|e| e.activations.as_ref());
-                examples.map(|t| &t.data).collect()
+                examples.map(|t| &t.data[..]).collect()
             }
             Message::Header(_)
             | Message::Progress(_)
             | Message::Failure(_)
             | Message::Summary(_) => Vec::new(),
-        };
-        let payload: Vec<&[u8]> = payload.into_iter().map(|d| &d[..]).collect();
-        self.ledger.sent(&payload);
-        let sent = self.sender.send(Ok(message)).await;
-        sent.map_err(|_| EngineError::Cancelled)
-    }
-
-    /// A reader that is behind gets the next one.
-    fn progress(&mut self) {
-        self.progress.elapsed_seconds = self.call.arrived.elapsed().as_secs_f64();
-        if let Ok(room) = self.sender.try_reserve() {
-            self.ledger.sent(&[]);
-            room.send(Ok(Message::Progress(self.progress)));
         }
     }
 
-    fn summary(&self) -> pb::Summary {
-        let mut notes = Vec::new();
-        if self.progress.failed > 0 {
-            notes.push(format!("{} texts failed", self.progress.failed));
-        }
-        pb::Summary {
-            messages: self.ledger.messages,
-            bytes: self.ledger.bytes,
-            crc32c: self.ledger.crc32c,
-            timings: Some(to_proto::timings(
-                &self.timings,
-                self.call.arrived.elapsed(),
-            )),
-            rows: self.rows,
-            truncated_tokens: self.truncated,
-            non_finite: Vec::new(),
-            notes,
+    fn summary(&self) -> Option<&pb::Summary> {
+        match self {
+            Message::Summary(summary) => Some(summary),
+            Message::Header(_)
+            | Message::Progress(_)
+            | Message::Activations(_)
+            | Message::Failure(_)
+            | Message::Neuron(_)
+            | Message::Tensor(_) => None,
         }
     }
 }
 
-/// Sends all messages of a search.
-async fn run(begun: Begun, requests: Streaming<pb::NeuronsRequest>, call: Call, sender: Sender) {
+/// How far a search is.
+#[derive(Default)]
+struct Far {
+    progress: pb::NeuronsProgress,
+    ended: Ended,
+    failure: Option<EngineError>,
+}
+
+/// Sends a header, what is told of each text, what was found in all.
+async fn tell(
+    begun: Begun,
+    requests: Streaming<pb::NeuronsRequest>,
+    teller: &mut Teller<Message>,
+) -> Result<Ended> {
     let Begun {
         neurons,
         statistics,
-        explained,
     } = begun;
-    let mut teller = Teller {
-        sender,
-        ledger: Ledger::default(),
-        call,
-        progress: pb::NeuronsProgress::default(),
-        timings: StageTimings::default(),
-        rows: 0,
-        truncated: 0,
-        failure: None,
-    };
-    let done = async {
-        teller.send(Message::Header(header(&neurons))).await?;
-        texts(&neurons, requests, &mut teller).await?;
-        found(&neurons, statistics, &mut teller).await
-    };
-    match done.await {
-        Ok(()) => {
-            explained.answered(&teller.timings);
-            let summary = teller.summary();
-            // A reader that left needs none.
-            let _ = teller.sender.send(Ok(Message::Summary(summary))).await;
-        }
-        Err(error) => {
-            explained.failed(&error);
-            let _ = teller.sender.send(Err(status::status(&error))).await;
-        }
+    let mut far = Far::default();
+    teller.send(Message::Header(header(&neurons))).await?;
+    texts(&neurons, requests, (&mut far, teller)).await?;
+    found(&neurons, statistics, teller).await?;
+    if far.progress.failed > 0 {
+        let note = format!("{} texts failed", far.progress.failed);
+        far.ended.notes.push(note);
     }
+    Ok(far.ended)
 }
 
 fn header(neurons: &Neurons) -> pb::NeuronsStarted {
@@ -274,10 +227,8 @@ fn header(neurons: &Neurons) -> pb::NeuronsStarted {
 async fn texts(
     neurons: &Arc<Neurons>,
     requests: Streaming<pb::NeuronsRequest>,
-    teller: &mut Teller,
+    (far, teller): (&mut Far, &mut Teller<Message>),
 ) -> Result<()> {
-    let mut tick = tokio::time::interval_at(tokio::time::Instant::now() + TICK, TICK);
-    tick.set_missed_tick_behavior(MissedTickBehavior::Skip);
     let call = teller.call.clone();
     let told = requests
         .zip(futures::stream::iter(0u64..))
@@ -301,44 +252,57 @@ async fn texts(
         .buffered(AHEAD);
     let mut told = pin!(told);
     loop {
-        tokio::select! {
-            next = told.next() => {
-                let Some(next) = next else {
-                    break;
-                };
-                let (name, number, told) = next?;
-                match told {
-                    Ok(told) => one(name, number, told, teller).await?,
-                    Err(error @ (EngineError::DeadlineExceeded | EngineError::Cancelled)) => return Err(error),
-                    Err(error) => {
-                        teller.progress.failed += 1;
-                        let failure = Some(status::failure(&error));
-                        teller.failure.get_or_insert(error);
-                        let message = pb::NeuronsFailure { id: name, text: number, failure };
-                        teller.send(Message::Failure(message)).await?;
-                    }
-                }
+        let progress = |elapsed: Duration| {
+            Message::Progress(pb::NeuronsProgress {
+                elapsed_seconds: elapsed.as_secs_f64(),
+                ..far.progress
+            })
+        };
+        let Some(next) = teller.working(told.next(), progress).await else {
+            break;
+        };
+        let (name, number, told) = next?;
+        match told {
+            Ok(told) => one(name, number, told, (far, teller)).await?,
+            Err(error @ (EngineError::DeadlineExceeded | EngineError::Cancelled)) => {
+                return Err(error);
             }
-            _ = tick.tick() => teller.progress(),
+            Err(error) => {
+                far.progress.failed += 1;
+                let failure = Some(status::failure(&error));
+                far.failure.get_or_insert(error);
+                let message = pb::NeuronsFailure {
+                    id: name,
+                    text: number,
+                    failure,
+                };
+                teller.send(Message::Failure(message)).await?;
+            }
         }
     }
-    if teller.progress.texts > 0 {
+    if far.progress.texts > 0 {
         return Ok(());
     }
     // Nothing can be said of nothing: why the first one failed is why the search does.
-    Err(match teller.failure.take() {
+    Err(match far.failure.take() {
         Some(error) => error.beneath("texts[0]"),
         None => EngineError::invalid("text", "there are no texts: send at least one"),
     })
 }
 
 /// What is told of one text.
-async fn one(name: String, number: u64, told: Told, teller: &mut Teller) -> Result<()> {
-    teller.progress.texts += 1;
-    teller.progress.tokens += told.positions as u64;
-    teller.rows += told.rows;
-    teller.timings += told.timings;
-    teller.truncated = teller.truncated.saturating_add(told.truncated);
+async fn one(
+    name: String,
+    number: u64,
+    told: Told,
+    (far, teller): (&mut Far, &mut Teller<Message>),
+) -> Result<()> {
+    far.progress.texts += 1;
+    far.progress.tokens += told.positions as u64;
+    let ended = &mut far.ended;
+    ended.rows += told.rows;
+    ended.timings += told.timings;
+    ended.truncated_tokens = ended.truncated_tokens.saturating_add(told.truncated);
     let Some(tensor) = told.activations else {
         return Ok(());
     };
@@ -360,7 +324,7 @@ async fn one(name: String, number: u64, told: Told, teller: &mut Teller) -> Resu
 }
 
 /// What was found in all of them.
-async fn found(neurons: &Neurons, statistics: bool, teller: &mut Teller) -> Result<()> {
+async fn found(neurons: &Neurons, statistics: bool, teller: &mut Teller<Message>) -> Result<()> {
     let ranked = neurons.ranked().map_err(|e| e.beneath("header"))?;
     let spelled = neurons.spelled(&ranked, &teller.call.ctx()).await?;
     for ranked in ranked {

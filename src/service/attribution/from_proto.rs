@@ -3,14 +3,14 @@
 use crate::{
     engine::EngineError,
     ipc::spec::Quantity,
-    methods::attribute::{
-        AttnLrp, Baseline, Conductance, Directions, Evaluation, FiniteDifference, GradientShap,
-        Grouping, InputXGradient, IntegratedGradients, KernelShap, KernelShapVariant, Lime,
-        LimeVariant, Method, Norm, Occlusion, Question, Saliency, Scheme, ShapleySampling,
-        SmoothGrad, Smoothed, attention,
-        baseline::Kind,
-        features::Span,
-        quadrature::Quadrature,
+    methods::{
+        attribute::{
+            AttnLrp, Baseline, Conductance, Directions, Evaluation, FiniteDifference, GradientShap,
+            Grouping, InputXGradient, IntegratedGradients, KernelShap, KernelShapVariant, Lime,
+            LimeVariant, Method, Norm, Occlusion, Question, Saliency, Scheme, ShapleySampling,
+            SmoothGrad, Smoothed, attention, baseline::Kind, features::Span,
+            quadrature::Quadrature,
+        },
         target::{Choice, Continuation, Readout, Target, Terms, What},
     },
     service::{from_proto, from_proto::or, wire::introspect as pb},

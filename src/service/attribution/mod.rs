@@ -3,57 +3,41 @@
 mod from_proto;
 pub(super) mod to_proto;
 
-use std::{pin::Pin, sync::Arc, time::Duration};
+use std::sync::Arc;
 
-use futures::{Stream, StreamExt as _};
+use futures::StreamExt as _;
 use metrics::histogram;
-use tokio::{sync::mpsc, time::MissedTickBehavior};
-use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{
     bulk,
     call::Call,
     daemon::State,
-    driven::driven,
     explained::Explained,
-    messages::Ledger,
-    status, to_proto as common,
+    messages::{Item, Ledger},
+    status,
+    teller::{self, Ended, Messaged, Teller},
     wire::introspect::{
         self as pb, attribute_response::Item as Message, attribute_stream_response::Answer,
         attribution_service_server::AttributionService, evaluate_response::Item as Judged,
     },
 };
 use crate::{
-    engine::{Ctx, EngineError, Lane, StageTimings},
+    engine::{Ctx, EngineError, Lane},
     methods::{
-        attribute::{
-            self, Attributed, Evaluated, Features, Started, Target, Terms, evaluate,
-            target::Readout,
-        },
+        attribute::{self, Attributed, Features, Started, Terms, evaluate},
         input::Input,
+        target::{Readout, Target},
     },
     telemetry::names,
     tensor::Tensor,
 };
 
-/// How often progress is told: at least twice a second.
-const TICK: Duration = Duration::from_millis(400);
-/// Messages that wait for a slow reader. Progress is left out before anything waits for it.
-const WAITING: usize = 4;
 /// A row that is run backward too takes about as long as so many that are not.
 const BACKWARD: f64 = 3.0;
 
-type Messaged<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
-
 pub(super) struct Attributions {
     pub(super) state: Arc<State>,
-}
-
-/// An explanation that has begun, and the record of its time.
-struct Begun {
-    started: Started,
-    explained: Explained,
 }
 
 #[tonic::async_trait]
@@ -69,13 +53,13 @@ impl AttributionService for Attributions {
         let begun = self
             .state
             .begin(request.into_inner(), &call, &ctx, Lane::Interactive);
-        let begun = begun.await.map_err(|e| status::status(&e))?;
-        let (sender, messages) = mpsc::channel(WAITING);
-        // Dropped with the stream: what it waits for is cancelled.
-        let work = answer(begun, call, sender);
-        let messages = ReceiverStream::new(messages)
-            .map(|m: Result<Message, Status>| m.map(|i| pb::AttributeResponse { item: Some(i) }));
-        Ok(Response::new(Box::pin(driven(work, messages))))
+        let (started, explained) = begun.await.map_err(|e| status::status(&e))?;
+        Ok(teller::answer(
+            (call, explained),
+            Message::Summary,
+            |item| pb::AttributeResponse { item: Some(item) },
+            |teller| Box::pin(tell(started, teller)),
+        ))
     }
 
     type AttributeStreamStream = Messaged<pb::AttributeStreamResponse>;
@@ -90,7 +74,7 @@ impl AttributionService for Attributions {
         let answers = bulk::one_model(request.into_inner(), split, |r| &r.model)
             .map(move |request| bulk_answer(state.clone(), call.clone(), request))
             .buffered(bulk::AHEAD);
-        let messages = bulk::messages(answers, count, bulk_message);
+        let messages = bulk::messages(answers, bulk_message);
         Ok(Response::new(Box::pin(messages)))
     }
 
@@ -105,7 +89,7 @@ impl AttributionService for Attributions {
         })?;
         let ctx = call.ctx();
         let begun = self.state.begin(asked, &call, &ctx, Lane::Interactive);
-        let Begun { started, explained } = begun.await.map_err(|e| status::status(&e))?;
+        let (started, explained) = begun.await.map_err(|e| status::status(&e))?;
         let spent = started.spent();
         explained.answered(&spent.timings);
         let cost = &started.cost;
@@ -148,20 +132,16 @@ impl AttributionService for Attributions {
                 let edited = edited.await.map_err(|e| e.beneath("request"))?;
                 evaluate::begin(&edited, &evaluation, terms, &ctx).await
             };
-            match begun.await {
-                Ok(all) => Ok((all, evaluation, explained)),
-                Err(error) => {
-                    explained.failed(&error);
-                    Err(error)
-                }
-            }
+            let (all, explained) = explained.begun(begun.await)?;
+            Ok((all, evaluation, explained))
         };
         let (all, evaluation, explained) = begun.await.map_err(|e| status::status(&e))?;
-        let (sender, messages) = mpsc::channel(WAITING);
-        let work = judge(all, evaluation, (explained, call), sender);
-        let messages = ReceiverStream::new(messages)
-            .map(|m: Result<Judged, Status>| m.map(|i| pb::EvaluateResponse { item: Some(i) }));
-        Ok(Response::new(Box::pin(driven(work, messages))))
+        Ok(teller::answer(
+            (call, explained),
+            Judged::Summary,
+            |item| pb::EvaluateResponse { item: Some(item) },
+            |teller| Box::pin(judge(all, evaluation, teller)),
+        ))
     }
 }
 
@@ -230,7 +210,7 @@ impl State {
         call: &Call,
         ctx: &Ctx,
         lane: Lane,
-    ) -> Result<Begun, EngineError> {
+    ) -> Result<(Started, Explained), EngineError> {
         let readout = self.readout(&request).await?;
         let intervention = request.intervention.clone();
         let (model, question) = from_proto::question(request, readout)?;
@@ -241,65 +221,24 @@ impl State {
             let edited = edited.await?;
             attribute::start(&edited, question.clone(), self.terms(lane), ctx).await
         };
-        match begun.await {
-            Ok(started) => Ok(Begun { started, explained }),
-            Err(error) => {
-                explained.failed(&error);
-                Err(error)
-            }
-        }
+        explained.begun(begun.await)
     }
 }
 
-/// Sends an explanation: a header, progress, the result with its tensors, a summary.
-async fn answer(begun: Begun, call: Call, sender: mpsc::Sender<Result<Message, Status>>) {
-    let Begun { started, explained } = begun;
-    let mut ledger = Ledger::default();
-    let header = Message::Header(to_proto::header(&started));
-    count(&mut ledger, &header);
-    if sender.send(Ok(header)).await.is_err() {
-        return;
-    }
+/// Sends a header, progress, the result with its tensors.
+async fn tell(started: Started, teller: &mut Teller<Message>) -> Result<Ended, EngineError> {
+    let header = to_proto::header(&started);
+    teller.send(Message::Header(header)).await?;
     let (features, truncated) = (started.features.clone(), started.truncated);
-    let mut watch = started.watch();
-    let mut tick = tokio::time::interval_at(tokio::time::Instant::now() + TICK, TICK);
-    tick.set_missed_tick_behavior(MissedTickBehavior::Skip);
     let model = started.handle().info().name.clone();
-    let mut run = std::pin::pin!(started.run());
-    let found = loop {
-        tokio::select! {
-            found = &mut run => break found,
-            _ = tick.tick() => {
-                let progress = to_proto::progress(&watch.borrow_and_update(), call.arrived.elapsed());
-                let message = Message::Progress(progress);
-                // A reader that is behind gets the next one.
-                if let Ok(room) = sender.try_reserve() {
-                    count(&mut ledger, &message);
-                    room.send(Ok(message));
-                }
-            }
-        }
-    };
-    let told = found.and_then(|found| told(&found, &features).map(|m| (found, m)));
-    match told {
-        Ok((found, messages)) => {
-            observe(&model, &found);
-            for message in messages {
-                count(&mut ledger, &message);
-                if sender.send(Ok(message)).await.is_err() {
-                    return;
-                }
-            }
-            explained.answered(&found.spent.timings);
-            let summary = summary(&found, truncated, &ledger, &call);
-            // A reader that left needs none.
-            let _ = sender.send(Ok(Message::Summary(summary))).await;
-        }
-        Err(error) => {
-            explained.failed(&error);
-            let _ = sender.send(Err(status::status(&error))).await;
-        }
-    }
+    let mut watch = started.watch();
+    let progress =
+        |elapsed| Message::Progress(to_proto::progress(&watch.borrow_and_update(), elapsed));
+    let found = teller.working(started.run(), progress).await?;
+    let messages = told(&found, &features)?;
+    observe(&model, &found);
+    teller.send_all(messages).await?;
+    Ok(ended(found, truncated))
 }
 
 /// The result and its tensors.
@@ -321,31 +260,34 @@ fn observe(model: &str, found: &Attributed) {
     }
 }
 
-fn summary(found: &Attributed, truncated: u32, ledger: &Ledger, call: &Call) -> pb::Summary {
-    pb::Summary {
-        messages: ledger.messages,
-        bytes: ledger.bytes,
-        crc32c: ledger.crc32c,
-        timings: Some(common::timings(
-            &found.spent.timings,
-            call.arrived.elapsed(),
-        )),
-        rows: found.spent.forward_rows + found.spent.gradient_rows,
-        truncated_tokens: truncated,
-        non_finite: Vec::new(),
-        notes: found.notes.clone(),
+fn ended(found: Attributed, truncated_tokens: u32) -> Ended {
+    Ended {
+        truncated_tokens,
+        notes: found.notes,
+        ..Ended::of(&found.spent)
     }
 }
 
-/// The payload of a message.
-fn count(ledger: &mut Ledger, message: &Message) {
-    match message {
-        Message::Tensor(t) => ledger.sent(&[&t.data]),
-        Message::Progress(pb::AttributionProgress {
-            partial: Some(t), ..
-        }) => ledger.sent(&[&t.data]),
-        Message::Header(_) | Message::Progress(_) | Message::Result(_) | Message::Summary(_) => {
-            ledger.sent(&[]);
+impl Item for Message {
+    fn payload(&self) -> Vec<&[u8]> {
+        match self {
+            Message::Tensor(t)
+            | Message::Progress(pb::AttributionProgress {
+                partial: Some(t), ..
+            }) => vec![&t.data],
+            Message::Header(_)
+            | Message::Progress(_)
+            | Message::Result(_)
+            | Message::Summary(_) => Vec::new(),
+        }
+    }
+
+    fn summary(&self) -> Option<&pb::Summary> {
+        match self {
+            Message::Summary(summary) => Some(summary),
+            Message::Header(_) | Message::Progress(_) | Message::Result(_) | Message::Tensor(_) => {
+                None
+            }
         }
     }
 }
@@ -365,7 +307,7 @@ async fn bulk_answer(
     let answer = async {
         let request = request?;
         let until = call.arrived + state.config.stall_limit;
-        let Begun { started, explained } = bulk::when_there_is_room(until, || {
+        let (started, explained) = bulk::when_there_is_room(until, || {
             state.begin(request.clone(), &call, &ctx, Lane::Bulk)
         })
         .await?;
@@ -373,26 +315,18 @@ async fn bulk_answer(
         let mut messages = vec![Message::Header(to_proto::header(&started))];
         let (features, truncated) = (started.features.clone(), started.truncated);
         let model = started.handle().info().name.clone();
-        match started
-            .run()
-            .await
-            .and_then(|f| told(&f, &features).map(|m| (f, m)))
-        {
-            Ok((found, more)) => {
-                observe(&model, &found);
-                messages.extend(more);
-                for message in &messages {
-                    count(&mut ledger, message);
-                }
-                explained.answered(&found.spent.timings);
-                messages.push(Message::Summary(summary(&found, truncated, &ledger, &call)));
-                Ok(Box::new(messages.into_iter()) as Box<dyn Iterator<Item = Message> + Send>)
-            }
-            Err(error) => {
-                explained.failed(&error);
-                Err(error)
-            }
+        let found = started.run().await;
+        let told = found.and_then(|f| told(&f, &features).map(|m| (f, m)));
+        let ((found, more), explained) = explained.begun(told)?;
+        observe(&model, &found);
+        messages.extend(more);
+        for message in &messages {
+            ledger.count(message);
         }
+        explained.answered(&found.spent.timings);
+        let summary = ended(found, truncated).summary(&ledger, &call);
+        messages.push(Message::Summary(summary));
+        Ok(Box::new(messages.into_iter()) as Box<dyn Iterator<Item = Message> + Send>)
     };
     bulk::answered(id, answer.await)
 }
@@ -409,85 +343,64 @@ fn bulk_message(id: String, reply: bulk::Reply<Message>) -> pb::AttributeStreamR
     }
 }
 
-/// Sends an evaluation: a header, one message for each method as it is done, the comparison, a summary.
-async fn judge(
-    all: Vec<Started>,
-    evaluation: attribute::Evaluation,
-    (explained, call): (Explained, Call),
-    sender: mpsc::Sender<Result<Judged, Status>>,
-) {
-    let mut ledger = Ledger::default();
-    let mut timings = StageTimings::default();
-    let mut rows = 0;
-    let truncated = all.first().map_or(0, |s| s.truncated);
-    let mut scores: Vec<(String, Vec<f64>)> = Vec::new();
-    let send = async |ledger: &mut Ledger, message: Judged| {
-        match &message {
+impl Item for Judged {
+    fn payload(&self) -> Vec<&[u8]> {
+        match self {
             Judged::Evaluation(pb::Evaluation {
                 attributions: Some(t),
                 ..
-            }) => ledger.sent(&[&t.data]),
+            }) => vec![&t.data],
             Judged::Comparison(pb::Comparison {
                 spearman: Some(s),
                 kendall: Some(k),
                 ..
-            }) => ledger.sent(&[&s.data, &k.data]),
+            }) => vec![&s.data, &k.data],
             Judged::Header(_)
             | Judged::Evaluation(_)
             | Judged::Comparison(_)
-            | Judged::Summary(_) => ledger.sent(&[]),
+            | Judged::Summary(_) => Vec::new(),
         }
-        sender.send(Ok(message)).await.is_ok()
+    }
+
+    fn summary(&self) -> Option<&pb::Summary> {
+        match self {
+            Judged::Summary(summary) => Some(summary),
+            Judged::Header(_) | Judged::Evaluation(_) | Judged::Comparison(_) => None,
+        }
+    }
+}
+
+/// Sends a header, one message for each method as it is done, the comparison.
+async fn judge(
+    all: Vec<Started>,
+    evaluation: attribute::Evaluation,
+    teller: &mut Teller<Judged>,
+) -> Result<Ended, EngineError> {
+    let mut ended = Ended {
+        truncated_tokens: all.first().map_or(0, |s| s.truncated),
+        ..Ended::default()
     };
-    if let Some(first) = all.first()
-        && !send(&mut ledger, Judged::Header(to_proto::header(first))).await
-    {
-        return;
+    let mut scores: Vec<(String, Vec<f64>)> = Vec::new();
+    if let Some(first) = all.first() {
+        teller.send(Judged::Header(to_proto::header(first))).await?;
     }
     for (at, started) in all.into_iter().enumerate() {
         let features = started.features.clone();
-        let done = evaluate::evaluate(started, &evaluation).await;
-        let message = done.and_then(|done: Evaluated| {
-            timings += done.attributed.spent.timings;
-            rows += done.attributed.spent.forward_rows + done.attributed.spent.gradient_rows;
-            scores.push((
-                done.attributed.method.to_owned(),
-                done.attributed.scores.clone(),
-            ));
-            to_proto::evaluation(at, &done, &features)
-        });
-        match message {
-            Ok(message) => {
-                if !send(&mut ledger, Judged::Evaluation(message)).await {
-                    return;
-                }
-            }
-            Err(error) => {
-                explained.failed(&error);
-                let _ = sender.send(Err(status::status(&error))).await;
-                return;
-            }
-        }
+        let done = evaluate::evaluate(started, &evaluation).await?;
+        let spent = &done.attributed.spent;
+        ended.timings += spent.timings;
+        ended.rows += spent.forward_rows + spent.gradient_rows;
+        let message = to_proto::evaluation(at, &done, &features)?;
+        teller.send(Judged::Evaluation(message)).await?;
+        scores.push((done.attributed.method.to_owned(), done.attributed.scores));
     }
-    let comparison = Judged::Comparison(pb::Comparison {
+    let comparison = pb::Comparison {
         methods: scores.iter().map(|(name, _)| name.clone()).collect(),
         spearman: correlations("spearman", &scores, evaluate::spearman),
         kendall: correlations("kendall", &scores, evaluate::kendall),
-    });
-    if !send(&mut ledger, comparison).await {
-        return;
-    }
-    explained.answered(&timings);
-    let summary = pb::Summary {
-        messages: ledger.messages,
-        bytes: ledger.bytes,
-        crc32c: ledger.crc32c,
-        timings: Some(common::timings(&timings, call.arrived.elapsed())),
-        rows,
-        truncated_tokens: truncated,
-        ..pb::Summary::default()
     };
-    send(&mut ledger, Judged::Summary(summary)).await;
+    teller.send(Judged::Comparison(comparison)).await?;
+    Ok(ended)
 }
 
 /// Every method with every other.

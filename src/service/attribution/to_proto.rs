@@ -3,7 +3,11 @@
 use crate::{
     engine::EngineError,
     ipc::spec::Quantity,
-    methods::attribute::{self, Attributed, Evaluated, Features, Partial, Spent, Started, target},
+    methods::{
+        Partial, Spent,
+        attribute::{self, Attributed, Evaluated, Features, Started},
+        target,
+    },
     service::{messages::Pieces, to_proto, wire::introspect as pb},
     tensor::Tensor,
 };

@@ -1,8 +1,5 @@
 //! Circuits: requests validated, edges and the circuit streamed.
 
-use tokio::sync::mpsc;
-use tonic::Status;
-
 use super::sweep::progress;
 use crate::{
     engine::{Ctx, EngineError, Lane},
@@ -17,11 +14,11 @@ use crate::{
         attribution::to_proto::{floats, quantity, term},
         call::Call,
         daemon::State,
-        driven::{ticking, ticks},
         explained::Explained,
         from_proto::{or, required_input, unknown},
-        messages::{Ledger, Pieces},
-        status, to_proto,
+        messages::{Item, Pieces},
+        teller::{Ended, Teller},
+        to_proto,
         wire::introspect::{self as pb, find_circuit_response::Item as Message},
     },
 };
@@ -31,11 +28,26 @@ const EDGES: u32 = 50;
 /// Most edges that are kept.
 const MOST_EDGES: u32 = 100_000;
 
-/// A search that has begun, and the record of its time.
-pub(super) struct Begun {
-    started: Started,
-    header: pb::CircuitHeader,
-    explained: Explained,
+impl Item for Message {
+    fn payload(&self) -> Vec<&[u8]> {
+        match self {
+            Message::Tensor(t) => vec![&t.data],
+            Message::Header(_)
+            | Message::Progress(_)
+            | Message::Circuit(_)
+            | Message::Summary(_) => Vec::new(),
+        }
+    }
+
+    fn summary(&self) -> Option<&pb::Summary> {
+        match self {
+            Message::Summary(summary) => Some(summary),
+            Message::Header(_)
+            | Message::Progress(_)
+            | Message::Tensor(_)
+            | Message::Circuit(_) => None,
+        }
+    }
 }
 
 impl State {
@@ -45,7 +57,7 @@ impl State {
         request: pb::FindCircuitRequest,
         call: &Call,
         ctx: &Ctx,
-    ) -> Result<Begun, EngineError> {
+    ) -> Result<(Started, Explained), EngineError> {
         let (model, input, target) = self
             .explained_number(request.model, request.input, request.target)
             .await?;
@@ -75,34 +87,26 @@ impl State {
             max_bytes: self.config.max_capture,
             lane: Lane::Interactive,
         };
-        match circuit::start(&handle, asked, limits, ctx).await {
-            Ok(started) => {
-                let info = handle.info();
-                let tokens = started.tokens.iter().cloned();
-                let header = pb::CircuitHeader {
-                    model: info.name.clone(),
-                    fingerprint: info.fingerprint.clone(),
-                    generation: handle.generation(),
-                    provider: info.provider.clone(),
-                    tokens: tokens.map(to_proto::token).collect(),
-                    quantity: quantity(started.objective.quantity).into(),
-                    terms: started.objective.terms.iter().map(term).collect(),
-                    value: started.value,
-                    source_value: started.source_value,
-                    nodes: started.nodes.iter().map(node).collect(),
-                    rows: started.rows as u64,
-                };
-                Ok(Begun {
-                    started,
-                    header,
-                    explained,
-                })
-            }
-            Err(error) => {
-                explained.failed(&error);
-                Err(error)
-            }
-        }
+        let started = circuit::start(&handle, asked, limits, ctx).await;
+        explained.begun(started)
+    }
+}
+
+fn header(started: &Started) -> pb::CircuitHeader {
+    let info = started.handle().info();
+    let tokens = started.tokens.iter().cloned();
+    pb::CircuitHeader {
+        model: info.name.clone(),
+        fingerprint: info.fingerprint.clone(),
+        generation: started.handle().generation(),
+        provider: info.provider.clone(),
+        tokens: tokens.map(to_proto::token).collect(),
+        quantity: quantity(started.objective.quantity).into(),
+        terms: started.objective.terms.iter().map(term).collect(),
+        value: started.value,
+        source_value: started.source_value,
+        nodes: started.nodes.iter().map(node).collect(),
+        rows: started.rows as u64,
     }
 }
 
@@ -117,58 +121,20 @@ fn node(node: &Node) -> pb::CircuitNode {
     }
 }
 
-/// Sends a header, progress, the scores, the circuit, a summary. Ends when the reader leaves.
-pub(super) async fn answer(
-    begun: Begun,
-    call: Call,
-    sender: mpsc::Sender<Result<Message, Status>>,
-) {
-    let Begun {
-        mut started,
-        header,
-        explained,
-    } = begun;
-    let mut ledger = Ledger::default();
-    ledger.sent(&[]);
-    if sender.send(Ok(Message::Header(header))).await.is_err() {
-        return;
-    }
+/// Sends a header, progress, the scores, the circuit.
+pub(super) async fn tell(
+    mut started: Started,
+    teller: &mut Teller<Message>,
+) -> Result<Ended, EngineError> {
+    teller.send(Message::Header(header(&started))).await?;
     let watch = started.watch();
-    let told = || Message::Progress(progress(&watch.borrow(), &call));
-    let found = ticking(started.run(), &mut ticks(), (&sender, &mut ledger), told).await;
-    match found.and_then(|found| messages(&found)) {
-        Ok(messages) => {
-            for message in messages {
-                match &message {
-                    Message::Tensor(t) => ledger.sent(&[&t.data]),
-                    Message::Header(_)
-                    | Message::Progress(_)
-                    | Message::Circuit(_)
-                    | Message::Summary(_) => ledger.sent(&[]),
-                }
-                if sender.send(Ok(message)).await.is_err() {
-                    return;
-                }
-            }
-            let spent = started.spent();
-            explained.answered(&spent.timings);
-            let summary = pb::Summary {
-                messages: ledger.messages,
-                bytes: ledger.bytes,
-                crc32c: ledger.crc32c,
-                timings: Some(to_proto::timings(&spent.timings, call.arrived.elapsed())),
-                rows: spent.forward_rows + spent.gradient_rows,
-                truncated_tokens: started.truncated,
-                ..pb::Summary::default()
-            };
-            // A reader that left needs none.
-            let _ = sender.send(Ok(Message::Summary(summary))).await;
-        }
-        Err(error) => {
-            explained.failed(&error);
-            let _ = sender.send(Err(status::status(&error))).await;
-        }
-    }
+    let progress = |elapsed| Message::Progress(progress(&watch.borrow(), elapsed));
+    let found = teller.working(started.run(), progress).await?;
+    teller.send_all(messages(&found)?).await?;
+    Ok(Ended {
+        truncated_tokens: started.truncated,
+        ..Ended::of(&started.spent())
+    })
 }
 
 /// The scores and the circuit.

@@ -4,21 +4,20 @@ mod circuit;
 mod from_proto;
 mod sweep;
 
-use std::{pin::Pin, sync::Arc, time::Instant};
+use std::{sync::Arc, time::Instant};
 
-use futures::{Stream, StreamExt as _, stream};
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
+use futures::{StreamExt as _, stream};
 use tonic::{Request, Response, Status};
 
 use super::{
     call::Call,
     daemon::State,
-    driven::driven,
     explained::Explained,
     from_proto::capture as question,
-    messages::{Ledger, Messages},
-    status, to_proto,
+    messages::{Item, Ledger, Messages},
+    status,
+    teller::{self, Messaged},
+    to_proto,
     wire::introspect::{
         self as pb, capture_response::Item as Shown, intervene_item::Item as Of,
         intervene_response::Item as Message, intervention_service_server::InterventionService,
@@ -38,17 +37,13 @@ use crate::{
     tensor::Tensor,
 };
 
-/// Messages that wait for a slow reader.
-const WAITING: usize = 4;
-
 pub(super) struct Interventions {
     pub(super) state: Arc<State>,
 }
 
 #[tonic::async_trait]
 impl InterventionService for Interventions {
-    type InterveneStream =
-        Pin<Box<dyn Stream<Item = Result<pb::InterveneResponse, Status>> + Send>>;
+    type InterveneStream = Messaged<pb::InterveneResponse>;
 
     async fn intervene(
         &self,
@@ -70,7 +65,7 @@ impl InterventionService for Interventions {
         Ok(Response::new(Box::pin(answer)))
     }
 
-    type SweepStream = Pin<Box<dyn Stream<Item = Result<pb::SweepResponse, Status>> + Send>>;
+    type SweepStream = Messaged<pb::SweepResponse>;
 
     async fn sweep(
         &self,
@@ -79,17 +74,16 @@ impl InterventionService for Interventions {
         let call = Call::of(&request);
         let ctx = call.ctx();
         let begun = self.state.sweep(request.into_inner(), &call, &ctx).await;
-        let begun = begun.map_err(|e| status::status(&e))?;
-        let (sender, messages) = mpsc::channel(WAITING);
-        // Dropped with the stream: what it waits for is cancelled.
-        let work = sweep::answer(begun, call, sender);
-        let messages = ReceiverStream::new(messages)
-            .map(|m| m.map(|item| pb::SweepResponse { item: Some(item) }));
-        Ok(Response::new(Box::pin(driven(work, messages))))
+        let (started, explained) = begun.map_err(|e| status::status(&e))?;
+        Ok(teller::answer(
+            (call, explained),
+            pb::sweep_response::Item::Summary,
+            |item| pb::SweepResponse { item: Some(item) },
+            |teller| Box::pin(sweep::tell(started, teller)),
+        ))
     }
 
-    type FindCircuitStream =
-        Pin<Box<dyn Stream<Item = Result<pb::FindCircuitResponse, Status>> + Send>>;
+    type FindCircuitStream = Messaged<pb::FindCircuitResponse>;
 
     async fn find_circuit(
         &self,
@@ -98,13 +92,13 @@ impl InterventionService for Interventions {
         let call = Call::of(&request);
         let ctx = call.ctx();
         let begun = self.state.circuit(request.into_inner(), &call, &ctx).await;
-        let begun = begun.map_err(|e| status::status(&e))?;
-        let (sender, messages) = mpsc::channel(WAITING);
-        // Dropped with the stream: what it waits for is cancelled.
-        let work = circuit::answer(begun, call, sender);
-        let messages = ReceiverStream::new(messages)
-            .map(|m| m.map(|item| pb::FindCircuitResponse { item: Some(item) }));
-        Ok(Response::new(Box::pin(driven(work, messages))))
+        let (started, explained) = begun.map_err(|e| status::status(&e))?;
+        Ok(teller::answer(
+            (call, explained),
+            pb::find_circuit_response::Item::Summary,
+            |item| pb::FindCircuitResponse { item: Some(item) },
+            |teller| Box::pin(circuit::tell(started, teller)),
+        ))
     }
 }
 
@@ -209,18 +203,13 @@ impl State {
             let modified = capture::start(&edited, question, terms, ctx).await?;
             Ok((original, modified, candidates))
         };
-        match started.await {
-            Ok((original, modified, candidates)) => Ok(Started {
-                original,
-                modified,
-                candidates,
-                explained,
-            }),
-            Err(error) => {
-                explained.failed(&error);
-                Err(error)
-            }
-        }
+        let ((original, modified, candidates), explained) = explained.begun(started.await)?;
+        Ok(Started {
+            original,
+            modified,
+            candidates,
+            explained,
+        })
     }
 }
 
@@ -362,33 +351,44 @@ impl Told {
     }
 }
 
+impl Item for Message {
+    fn payload(&self) -> Vec<&[u8]> {
+        match self {
+            Message::Original(pb::InterveneItem { item })
+            | Message::Modified(pb::InterveneItem { item }) => match item {
+                Some(Of::Tensor(t)) => vec![&t.data],
+                Some(Of::Sparse(s)) => vec![&s.counts, &s.indices, &s.values],
+                Some(Of::Prediction(_)) | None => Vec::new(),
+            },
+            Message::Header(_) | Message::Effect(_) | Message::Summary(_) => Vec::new(),
+        }
+    }
+
+    fn summary(&self) -> Option<&pb::Summary> {
+        match self {
+            Message::Summary(summary) => Some(summary),
+            Message::Header(_)
+            | Message::Original(_)
+            | Message::Modified(_)
+            | Message::Effect(_) => None,
+        }
+    }
+}
+
 impl Iterator for Told {
     type Item = Message;
 
     fn next(&mut self) -> Option<Message> {
         if let Some(message) = self.messages.next() {
-            match &message {
-                Message::Original(pb::InterveneItem { item })
-                | Message::Modified(pb::InterveneItem { item }) => match item {
-                    Some(Of::Tensor(t)) => self.ledger.sent(&[&t.data]),
-                    Some(Of::Sparse(s)) => self.ledger.sent(&[&s.counts, &s.indices, &s.values]),
-                    Some(Of::Prediction(_)) | None => self.ledger.sent(&[]),
-                },
-                Message::Header(_) | Message::Effect(_) | Message::Summary(_) => {
-                    self.ledger.sent(&[]);
-                }
-            }
+            self.ledger.count(&message);
             return Some(message);
         }
         let (summary, explained) = self.summary.take()?;
         self.timings.encode += self.begun.elapsed();
         explained.answered(&self.timings);
-        Some(Message::Summary(pb::Summary {
-            messages: self.ledger.messages,
-            bytes: self.ledger.bytes,
-            crc32c: self.ledger.crc32c,
+        Some(Message::Summary(self.ledger.summed(pb::Summary {
             timings: Some(to_proto::timings(&self.timings, self.arrived.elapsed())),
             ..summary
-        }))
+        })))
     }
 }

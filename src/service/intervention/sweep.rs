@@ -1,14 +1,12 @@
 //! Sweeps: requests validated, answers streamed hook point by hook point.
 
-use tokio::sync::mpsc;
-use tonic::Status;
+use std::time::Duration;
 
 use super::from_proto::inputs;
 use crate::{
     engine::{Ctx, EngineError, Lane},
     methods::{
-        attribute::Partial,
-        input,
+        Partial, input,
         intervene::{
             Edit, Operation, Within,
             sweep::{self, By, Change, Effects, Path, Started, Sweep, Way},
@@ -18,11 +16,11 @@ use crate::{
         attribution::to_proto::{floats, quantity, term},
         call::Call,
         daemon::State,
-        driven::{ticking, ticks},
         explained::Explained,
         from_proto::{required_input, unknown},
-        messages::{Ledger, Pieces},
-        status, to_proto,
+        messages::{Item, Pieces},
+        teller::{Ended, Teller},
+        to_proto,
         wire::introspect::{
             self as pb, sweep_request::Change as Given, sweep_response::Item as Message,
         },
@@ -36,11 +34,25 @@ const MOST_AXES: usize = 4;
 /// Most receivers.
 const MOST_RECEIVERS: usize = 64;
 
-/// A sweep that has begun, and the record of its time.
-pub(super) struct Begun {
-    started: Started,
-    header: pb::SweepHeader,
-    explained: Explained,
+impl Item for Message {
+    fn payload(&self) -> Vec<&[u8]> {
+        match self {
+            Message::Tensor(t) => vec![&t.data],
+            Message::Header(_)
+            | Message::Progress(_)
+            | Message::Result(_)
+            | Message::Summary(_) => Vec::new(),
+        }
+    }
+
+    fn summary(&self) -> Option<&pb::Summary> {
+        match self {
+            Message::Summary(summary) => Some(summary),
+            Message::Header(_) | Message::Progress(_) | Message::Tensor(_) | Message::Result(_) => {
+                None
+            }
+        }
+    }
 }
 
 impl State {
@@ -50,7 +62,7 @@ impl State {
         request: pb::SweepRequest,
         call: &Call,
         ctx: &Ctx,
-    ) -> Result<Begun, EngineError> {
+    ) -> Result<(Started, Explained), EngineError> {
         let (model, sweep) = self.asked_sweep(request).await?;
         let handle = self.registry.get(&model)?;
         let explained = Explained::new(&model, "sweep", call.arrived);
@@ -59,34 +71,8 @@ impl State {
             ctx,
             means: &self.means,
         };
-        match sweep::start(&handle, sweep, self.config.max_rows, within).await {
-            Ok(started) => {
-                let info = handle.info();
-                let tokens = started.tokens.iter().cloned();
-                let header = pb::SweepHeader {
-                    model: info.name.clone(),
-                    fingerprint: info.fingerprint.clone(),
-                    generation: handle.generation(),
-                    provider: info.provider.clone(),
-                    tokens: tokens.map(to_proto::token).collect(),
-                    quantity: quantity(started.objective.quantity).into(),
-                    terms: started.objective.terms.iter().map(term).collect(),
-                    value: started.value,
-                    source_value: started.source_value,
-                    hooks: started.swept.iter().map(|s| s.name().to_owned()).collect(),
-                    rows: started.rows as u64,
-                };
-                Ok(Begun {
-                    started,
-                    header,
-                    explained,
-                })
-            }
-            Err(error) => {
-                explained.failed(&error);
-                Err(error)
-            }
-        }
+        let started = sweep::start(&handle, sweep, self.config.max_rows, within).await;
+        explained.begun(started)
     }
 
     /// A request, validated as far as it can be without the model.
@@ -199,84 +185,52 @@ fn path(given: pb::PathPatch) -> Result<Path, EngineError> {
     })
 }
 
-/// Sends a header, progress, the tensors of each hook point as it is done, a result, a summary. Ends when the reader leaves.
-pub(super) async fn answer(
-    begun: Begun,
-    call: Call,
-    sender: mpsc::Sender<Result<Message, Status>>,
-) {
-    let Begun {
-        mut started,
-        header,
-        explained,
-    } = begun;
-    let mut ledger = Ledger::default();
-    match told(&mut started, header, &call, (&sender, &mut ledger)).await {
-        Ok(true) => {
-            let spent = started.spent();
-            explained.answered(&spent.timings);
-            let summary = pb::Summary {
-                messages: ledger.messages,
-                bytes: ledger.bytes,
-                crc32c: ledger.crc32c,
-                timings: Some(to_proto::timings(&spent.timings, call.arrived.elapsed())),
-                rows: spent.forward_rows + spent.gradient_rows,
-                truncated_tokens: started.truncated,
-                ..pb::Summary::default()
-            };
-            // A reader that left needs none.
-            let _ = sender.send(Ok(Message::Summary(summary))).await;
-        }
-        Ok(false) => {}
-        Err(error) => {
-            explained.failed(&error);
-            let _ = sender.send(Err(status::status(&error))).await;
-        }
+fn header(started: &Started) -> pb::SweepHeader {
+    let info = started.handle().info();
+    let tokens = started.tokens.iter().cloned();
+    pb::SweepHeader {
+        model: info.name.clone(),
+        fingerprint: info.fingerprint.clone(),
+        generation: started.handle().generation(),
+        provider: info.provider.clone(),
+        tokens: tokens.map(to_proto::token).collect(),
+        quantity: quantity(started.objective.quantity).into(),
+        terms: started.objective.terms.iter().map(term).collect(),
+        value: started.value,
+        source_value: started.source_value,
+        hooks: started.swept.iter().map(|s| s.name().to_owned()).collect(),
+        rows: started.rows as u64,
     }
 }
 
-/// Everything before the summary; says no when the reader left.
-async fn told(
-    started: &mut Started,
-    header: pb::SweepHeader,
-    call: &Call,
-    (sender, ledger): (&mpsc::Sender<Result<Message, Status>>, &mut Ledger),
-) -> Result<bool, EngineError> {
+/// Sends a header, progress, the tensors of each hook point as it is done, a result.
+pub(super) async fn tell(
+    mut started: Started,
+    teller: &mut Teller<Message>,
+) -> Result<Ended, EngineError> {
+    teller.send(Message::Header(header(&started))).await?;
     let watch = started.watch();
-    let mut tick = ticks();
-    let mut messages = vec![Message::Header(header)];
-    loop {
-        for message in messages {
-            match &message {
-                Message::Tensor(t) => ledger.sent(&[&t.data]),
-                Message::Header(_)
-                | Message::Progress(_)
-                | Message::Result(_)
-                | Message::Summary(_) => ledger.sent(&[]),
-            }
-            if sender.send(Ok(message)).await.is_err() {
-                return Ok(false);
-            }
-        }
-        let progress = || Message::Progress(progress(&watch.borrow(), call));
-        let next = ticking(started.next(), &mut tick, (sender, ledger), progress).await?;
-        let Some((at, effects)) = next else { break };
-        messages = tensors(started, at, &effects)?;
+    let progress = |elapsed| Message::Progress(progress(&watch.borrow(), elapsed));
+    while let Some((at, effects)) = teller.working(started.next(), progress).await? {
+        teller.send_all(tensors(&started, at, &effects)?).await?;
     }
     let (correlation, compared) = started.correlation();
     let result = pb::SweepResult {
         correlation,
         compared: compared as u64,
     };
-    ledger.sent(&[]);
-    Ok(sender.send(Ok(Message::Result(result))).await.is_ok())
+    teller.send(Message::Result(result)).await?;
+    Ok(Ended {
+        truncated_tokens: started.truncated,
+        ..Ended::of(&started.spent())
+    })
 }
 
-pub(super) fn progress(partial: &Partial, call: &Call) -> pb::SweepProgress {
+pub(super) fn progress(partial: &Partial, elapsed: Duration) -> pb::SweepProgress {
     pb::SweepProgress {
         rows_done: partial.rows_done,
         rows_planned: partial.rows_planned,
-        elapsed_seconds: call.arrived.elapsed().as_secs_f64(),
+        elapsed_seconds: elapsed.as_secs_f64(),
     }
 }
 

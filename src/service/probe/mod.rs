@@ -6,22 +6,20 @@ mod training;
 
 pub(super) use training::Trainings;
 
-use std::{collections::BTreeMap, pin::Pin, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc};
 
-use futures::{Stream, StreamExt as _};
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
+use futures::StreamExt as _;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{
     bulk,
     call::Call,
     daemon::State,
-    driven::driven,
     explained::Explained,
     from_proto::named,
-    messages::Ledger,
+    messages::Item,
     status,
+    teller::{self, Messaged},
     wire::introspect::{
         self as pb, probe_service_server::ProbeService, score_stream_response::Answer,
     },
@@ -37,11 +35,6 @@ use crate::{
     },
     tensor::Tensor,
 };
-
-/// Messages that wait for a slow reader.
-const WAITING: usize = 4;
-
-type Messaged<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 pub(super) struct ProbesOf {
     pub(super) state: Arc<State>,
@@ -76,12 +69,14 @@ impl ProbeService for ProbesOf {
         let mut requests = request.into_inner();
         let first = requests.message().await?;
         let begun = training::begin(&self.state, first, &call);
-        let begun = begun.map_err(|e| status::status(&e))?;
-        let (sender, messages) = mpsc::channel(WAITING);
-        let work = training::run(self.state.clone(), begun, requests, call, sender);
-        let messages = ReceiverStream::new(messages)
-            .map(|m: Result<_, Status>| m.map(|i| pb::TrainResponse { item: Some(i) }));
-        Ok(Response::new(Box::pin(driven(work, messages))))
+        let (begun, explained) = begun.map_err(|e| status::status(&e))?;
+        let state = self.state.clone();
+        Ok(teller::answer(
+            (call, explained),
+            pb::train_response::Item::Summary,
+            |item| pb::TrainResponse { item: Some(item) },
+            |teller| Box::pin(training::tell(state, begun, requests, teller)),
+        ))
     }
 
     async fn list_probes(
@@ -207,7 +202,7 @@ impl ProbeService for ProbesOf {
         let answers = bulk::one_model(request.into_inner(), split, |r| &r.model)
             .map(move |request| bulk_answer(state.clone(), call.clone(), request))
             .buffered(bulk::AHEAD);
-        let messages = bulk::messages(answers, count, bulk_message);
+        let messages = bulk::messages(answers, bulk_message);
         Ok(Response::new(Box::pin(messages)))
     }
 }
@@ -223,16 +218,10 @@ impl State {
         let model = named(request.model.clone())?;
         let handle = self.registry.get(&model)?;
         let explained = Explained::new(&model, "probe_score", call.arrived);
-        match self.scored(&handle, request, (lane, ctx)).await {
-            Ok(scored) => {
-                explained.answered(&scored.timings);
-                Ok(to_proto::scored(scored, call.arrived.elapsed()))
-            }
-            Err(error) => {
-                explained.failed(&error);
-                Err(error)
-            }
-        }
+        let scored = self.scored(&handle, request, (lane, ctx)).await;
+        let (scored, explained) = explained.begun(scored)?;
+        explained.answered(&scored.timings);
+        Ok(to_proto::scored(scored, call.arrived.elapsed()))
     }
 
     async fn scored(
@@ -439,9 +428,15 @@ async fn bulk_answer(
     bulk::answered(id, answer.await)
 }
 
-/// Scores carry no payload of tensors.
-fn count(ledger: &mut Ledger, _: &pb::ScoreResponse) {
-    ledger.sent(&[]);
+impl Item for pb::ScoreResponse {
+    /// Scores are fields.
+    fn payload(&self) -> Vec<&[u8]> {
+        Vec::new()
+    }
+
+    fn summary(&self) -> Option<&pb::Summary> {
+        None
+    }
 }
 
 fn bulk_message(id: String, reply: bulk::Reply<pb::ScoreResponse>) -> pb::ScoreStreamResponse {

@@ -11,10 +11,7 @@ use std::{
 
 use futures::StreamExt as _;
 use metrics::counter;
-use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
-    time::MissedTickBehavior,
-};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tonic::{Status, Streaming};
 
 use super::{
@@ -24,8 +21,8 @@ use super::{
         daemon::State,
         explained::Explained,
         from_proto::named,
-        messages::Ledger,
-        status, to_proto as common,
+        messages::Item,
+        teller::{Ended, Teller},
         wire::introspect::{
             self as pb, train_request::Item as Asked, train_response::Item as Message,
         },
@@ -67,16 +64,10 @@ impl Trainings {
     }
 }
 
-/// How often progress is told: at least twice a second.
-const TICK: Duration = Duration::from_millis(400);
-
-type Sender = mpsc::Sender<Result<Message, Status>>;
-
 /// A training whose header was understood.
 pub(super) struct Begun {
     training: Training,
     store: Store,
-    explained: Explained,
     /// Held until it ends.
     place: OwnedSemaphorePermit,
 }
@@ -86,7 +77,7 @@ pub(super) fn begin(
     state: &State,
     first: Option<pb::TrainRequest>,
     call: &Call,
-) -> Result<Begun, EngineError> {
+) -> Result<(Begun, Explained), EngineError> {
     let Some(Asked::Header(header)) = first.and_then(|r| r.item) else {
         return Err(EngineError::invalid(
             "header",
@@ -109,20 +100,13 @@ pub(super) fn begin(
             threads: threads(),
         };
         let training = Training::begin(handle, asked, terms)?;
-        Ok((training, store, state.trainings.one_more()?))
-    })();
-    match begun {
-        Ok((training, store, place)) => Ok(Begun {
+        Ok(Begun {
             training,
             store,
-            explained,
-            place,
-        }),
-        Err(error) => {
-            explained.failed(&error);
-            Err(error)
-        }
-    }
+            place: state.trainings.one_more()?,
+        })
+    })();
+    explained.begun(begun)
 }
 
 /// Hook points that are fitted at a time: a core for each.
@@ -139,108 +123,76 @@ impl Drop for Stop {
     }
 }
 
-/// Sends all messages of a training.
-pub(super) async fn run(
-    state: Arc<State>,
-    begun: Begun,
-    requests: Streaming<pb::TrainRequest>,
-    call: Call,
-    sender: Sender,
-) {
-    let Begun {
-        training,
-        store,
-        explained,
-        place: _place,
-    } = begun;
-    let mut told = Told {
-        sender,
-        ledger: Ledger::default(),
-        progress: pb::TrainProgress {
-            hooks: u32::try_from(training.plan().hooks.len()).unwrap_or(u32::MAX),
-            ..pb::TrainProgress::default()
-        },
-        timings: StageTimings::default(),
-        call,
-    };
-    let done = work(&state, training, &store, requests, &mut told);
-    match done.await {
-        Ok(result) => {
-            if told.send(Message::Result(result)).await.is_ok() {
-                explained.answered(&told.timings);
-                let total = told.call.arrived.elapsed();
-                let summary = pb::Summary {
-                    messages: told.ledger.messages,
-                    timings: Some(common::timings(&told.timings, total)),
-                    rows: told.progress.examples_run,
-                    ..pb::Summary::default()
-                };
-                // A reader that left needs none.
-                let _ = told.sender.send(Ok(Message::Summary(summary))).await;
-            }
-        }
-        Err(error) => {
-            explained.failed(&error);
-            let _ = told.sender.send(Err(status::status(&error))).await;
+impl Item for Message {
+    /// Everything is in fields.
+    fn payload(&self) -> Vec<&[u8]> {
+        Vec::new()
+    }
+
+    fn summary(&self) -> Option<&pb::Summary> {
+        match self {
+            Message::Summary(summary) => Some(summary),
+            Message::Progress(_) | Message::Report(_) | Message::Result(_) => None,
         }
     }
 }
 
+/// How far a training is.
+#[derive(Default)]
 struct Told {
-    sender: Sender,
-    ledger: Ledger,
     progress: pb::TrainProgress,
     /// Of all examples; what fits took is `reduce`.
     timings: StageTimings,
-    call: Call,
 }
 
 impl Told {
-    /// Says that the reader left when it did.
-    async fn send(&mut self, message: Message) -> Result<(), EngineError> {
-        self.ledger.sent(&[]);
-        let sent = self.sender.send(Ok(message)).await;
-        sent.map_err(|_| EngineError::Cancelled)
-    }
-
-    /// A reader that is behind gets the next one.
-    fn progress(&mut self) {
-        self.progress.elapsed_seconds = self.call.arrived.elapsed().as_secs_f64();
-        if let Ok(room) = self.sender.try_reserve() {
-            self.ledger.sent(&[]);
-            room.send(Ok(Message::Progress(self.progress)));
-        }
+    fn progress(&self, elapsed: Duration) -> Message {
+        Message::Progress(pb::TrainProgress {
+            elapsed_seconds: elapsed.as_secs_f64(),
+            ..self.progress
+        })
     }
 }
 
-async fn work(
-    state: &State,
-    training: Training,
-    store: &Store,
+/// Sends progress, the report of each hook point as it is done, the result.
+pub(super) async fn tell(
+    state: Arc<State>,
+    begun: Begun,
     requests: Streaming<pb::TrainRequest>,
-    told: &mut Told,
-) -> Result<pb::TrainResult, EngineError> {
-    let mut tick = tokio::time::interval_at(tokio::time::Instant::now() + TICK, TICK);
-    tick.set_missed_tick_behavior(MissedTickBehavior::Skip);
-    let training = collect(state, training, requests, told, &mut tick).await?;
+    teller: &mut Teller<Message>,
+) -> Result<Ended, EngineError> {
+    let Begun {
+        training,
+        store,
+        place: _place,
+    } = begun;
+    let mut told = Told::default();
+    told.progress.hooks = u32::try_from(training.plan().hooks.len()).unwrap_or(u32::MAX);
+    let training = collect(&state, training, requests, (&mut told, teller)).await?;
     let name = training.asked().name.clone();
     let replace = training.asked().replace;
     let model = training.handle().info().name.clone();
     let begun = Instant::now();
-    let trained = fit(training, told, &mut tick).await?;
+    let trained = fit(training, (&mut told, teller)).await?;
     told.timings.reduce += begun.elapsed();
     counter!(names::PROBE_SPILLED_BYTES, "model" => model).increment(trained.spilled);
     let stored = name.is_some();
     let card = if stored {
-        let (store, Trained { card, weights, .. }) = (store.clone(), trained);
+        let Trained { card, weights, .. } = trained;
         let put = tokio::task::spawn_blocking(move || store.put(card, &weights, replace));
         put.await.map_err(EngineError::internal)??
     } else {
         trained.card
     };
-    Ok(pb::TrainResult {
+    let result = pb::TrainResult {
         probe: Some(to_proto::probe(card)),
         stored,
+    };
+    teller.send(Message::Result(result)).await?;
+    Ok(Ended {
+        timings: told.timings,
+        rows: told.progress.examples_run,
+        ..Ended::default()
     })
 }
 
@@ -249,11 +201,10 @@ async fn collect(
     state: &State,
     mut training: Training,
     requests: Streaming<pb::TrainRequest>,
-    told: &mut Told,
-    tick: &mut tokio::time::Interval,
+    (told, teller): (&mut Told, &mut Teller<Message>),
 ) -> Result<Training, EngineError> {
     let (handle, plan) = (training.handle().clone(), training.plan());
-    let (call, limit) = (told.call.clone(), state.config.stall_limit);
+    let (call, limit) = (teller.call.clone(), state.config.stall_limit);
     let examples = counter!(names::PROBE_EXAMPLES, "model" => handle.info().name.clone());
     let received = AtomicU64::new(0);
     let heard = &received;
@@ -270,24 +221,20 @@ async fn collect(
         .buffered(AHEAD);
     let mut rows = pin!(rows);
     loop {
-        tokio::select! {
-            next = rows.next() => {
-                let Some((at, rows)) = next else {
-                    return Ok(training);
-                };
-                let pushed = rows.and_then(|rows| {
-                    told.timings += rows.timings;
-                    training.push(rows)
-                });
-                pushed.map_err(|e| e.beneath(&format!("examples[{at}]")))?;
-                told.progress.examples_run += 1;
-                examples.increment(1);
-            }
-            _ = tick.tick() => {
-                told.progress.examples_received = received.load(Ordering::Relaxed);
-                told.progress();
-            }
-        }
+        let progress = |elapsed| {
+            told.progress.examples_received = received.load(Ordering::Relaxed);
+            told.progress(elapsed)
+        };
+        let Some((at, rows)) = teller.working(rows.next(), progress).await else {
+            return Ok(training);
+        };
+        let pushed = rows.and_then(|rows| {
+            told.timings += rows.timings;
+            training.push(rows)
+        });
+        pushed.map_err(|e| e.beneath(&format!("examples[{at}]")))?;
+        told.progress.examples_run += 1;
+        examples.increment(1);
     }
 }
 
@@ -318,34 +265,22 @@ async fn example(
 /// Fits on threads of its own, and tells of each hook point.
 async fn fit(
     training: Training,
-    told: &mut Told,
-    tick: &mut tokio::time::Interval,
+    (told, teller): (&mut Told, &mut Teller<Message>),
 ) -> Result<Trained, EngineError> {
     let stop = Stop(Arc::default());
     let flag = stop.0.clone();
     let (reports, mut heard) = mpsc::channel(training.plan().hooks.len().max(1));
-    let mut fitting = tokio::task::spawn_blocking(move || {
+    let fitting = tokio::task::spawn_blocking(move || {
         // There is room for all, and the listener outlives them unless the caller left.
         training.fit(&flag, |report| {
             let _ = reports.try_send(report.clone());
         })
     });
-    loop {
-        tokio::select! {
-            biased;
-            Some(report) = heard.recv() => {
-                told.progress.hooks_done += 1;
-                told.send(Message::Report(to_proto::report(report))).await?;
-            }
-            done = &mut fitting => {
-                let trained = done.map_err(EngineError::internal)??;
-                while let Ok(report) = heard.try_recv() {
-                    told.progress.hooks_done += 1;
-                    told.send(Message::Report(to_proto::report(report))).await?;
-                }
-                return Ok(trained);
-            }
-            _ = tick.tick() => told.progress(),
-        }
+    // Until the fit ends, and its end of the channel with it.
+    while let Some(report) = teller.working(heard.recv(), |e| told.progress(e)).await {
+        told.progress.hooks_done += 1;
+        let report = to_proto::report(report);
+        teller.send(Message::Report(report)).await?;
     }
+    fitting.await.map_err(EngineError::internal)?
 }

@@ -19,7 +19,7 @@ use super::{
 use crate::{
     engine::{EngineError, PickSpec, RowGroup},
     ipc::spec::Reduction,
-    methods::attribute::subject::{Show, Subject, floats},
+    methods::subject::{Show, Subject, floats},
 };
 
 /// By node `[position, width]`; none of the embedding, which reads nothing of the stream.

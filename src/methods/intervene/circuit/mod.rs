@@ -23,17 +23,14 @@ use crate::{
     engine::{Ctx, EngineError, Lane, ModelHandle},
     ipc::{info::ModelInfo, spec::Reduction},
     methods::{
-        attribute::{
-            Spent,
-            subject::{Show, Subject, floats},
-            target::{self, Objective, Target, Terms},
-        },
         input::{self, Input, Token},
         lens::{
             direct::{self, Layer, components, written},
             head::{distance, tolerance},
             stream::Stream,
         },
+        subject::{Show, Spent, Subject, floats},
+        target::{self, Objective, Target, Terms},
     },
 };
 use graph::{Edge, Graph, Node, Part};
@@ -367,13 +364,18 @@ fn less(a: &[f32], b: &[f32]) -> Vec<f32> {
 }
 
 impl Started {
+    /// The model that answers.
+    pub fn handle(&self) -> &ModelHandle {
+        &self.subject.handle
+    }
+
     /// What was spent so far.
     pub fn spent(&self) -> Spent {
         self.subject.spent
     }
 
     /// Where progress can be watched.
-    pub fn watch(&self) -> tokio::sync::watch::Receiver<crate::methods::attribute::Partial> {
+    pub fn watch(&self) -> tokio::sync::watch::Receiver<crate::methods::Partial> {
         self.subject.watch()
     }
 

@@ -18,12 +18,10 @@ use crate::{
     engine::{EngineError, PickSpec},
     ipc::spec::{VariantSpec, state_input},
     methods::{
-        attribute::{
-            baseline::named,
-            subject::{Show, Subject, floats},
-        },
+        attribute::baseline::named,
         intervene::sweep::of_rows,
         lens::{direct::written, rows::Rows},
+        subject::{Show, Subject, floats},
     },
 };
 

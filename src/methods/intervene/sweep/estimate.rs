@@ -13,7 +13,7 @@ use super::{
 use crate::{
     engine::EngineError,
     ipc::spec::Reduction,
-    methods::attribute::subject::{Show, Subject, first, floats},
+    methods::subject::{Show, Subject, first, floats},
 };
 
 /// The number for the row as it is, and the estimates of the parts of each hook point.

@@ -28,12 +28,9 @@ use super::{
 use crate::{
     engine::{EngineError, ModelHandle, edits::of_kinds},
     methods::{
-        attribute::{
-            Partial, Spent,
-            subject::{Show, Subject},
-            target::{self, Objective, Target, Terms},
-        },
         input::{self, Input, Token},
+        subject::{Partial, Show, Spent, Subject},
+        target::{self, Objective, Target, Terms},
     },
 };
 use parts::Parts;
@@ -378,6 +375,11 @@ fn finite_number(value: f64) -> Result<f64, EngineError> {
 }
 
 impl Started {
+    /// The model that answers.
+    pub fn handle(&self) -> &ModelHandle {
+        &self.subject.handle
+    }
+
     /// What was spent so far.
     pub fn spent(&self) -> Spent {
         self.subject.spent

@@ -21,11 +21,9 @@ use crate::{
     engine::{EngineError, NamedTensor},
     ipc::info::ModelInfo,
     methods::{
-        attribute::{
-            baseline::moved,
-            subject::{Show, Subject, floats},
-        },
+        attribute::baseline::moved,
         input::Prepared,
+        subject::{Show, Subject, floats},
     },
 };
 

@@ -32,16 +32,16 @@ const BYTES_AT_A_TIME: usize = 16 << 20;
 
 /// A row, the number that is explained, and what was spent on it so far.
 #[derive(Debug)]
-pub(in crate::methods) struct Subject {
-    pub(in crate::methods) handle: ModelHandle,
+pub(super) struct Subject {
+    pub(super) handle: ModelHandle,
     pub(super) ctx: Ctx,
     pub(super) lane: Lane,
-    pub(in crate::methods) row: RowGroup,
-    pub(in crate::methods) tokens: Vec<Token>,
-    pub(in crate::methods) objective: Objective,
-    /// Moves the site of a gradient before anything else does: see [`super::site`].
+    pub(super) row: RowGroup,
+    pub(super) tokens: Vec<Token>,
+    pub(super) objective: Objective,
+    /// Moves the site of a gradient before anything else does: see [`super::attribute`].
     pub(super) nudge: Option<Vec<f32>>,
-    pub(in crate::methods) spent: Spent,
+    pub(super) spent: Spent,
     progress: watch::Sender<Partial>,
 }
 
@@ -72,7 +72,7 @@ pub struct Partial {
 }
 
 /// Rows that were put into the queue.
-pub(in crate::methods) struct Queued {
+pub(super) struct Queued {
     stream: RowStream,
     /// Tokens of a row of each group.
     lengths: Vec<usize>,
@@ -83,22 +83,22 @@ pub(in crate::methods) struct Queued {
 
 /// What runs are to show of a row. The tensors of an answer come in this order: the objective, gradients, hook points by name.
 #[derive(Clone, Debug, Default)]
-pub(in crate::methods) struct Show {
+pub(super) struct Show {
     /// Hook points that the inputs move.
-    pub(in crate::methods) intervene: BTreeSet<String>,
+    pub(super) intervene: BTreeSet<String>,
     /// The number that is explained.
-    pub(in crate::methods) objective: bool,
+    pub(super) objective: bool,
     /// Gradients of it.
-    pub(in crate::methods) points: BTreeMap<String, Reduction>,
+    pub(super) points: BTreeMap<String, Reduction>,
     /// Gradients, or relevance.
-    pub(in crate::methods) rules: Rules,
+    pub(super) rules: Rules,
     /// Hook points as they are.
-    pub(in crate::methods) expose: BTreeSet<String>,
+    pub(super) expose: BTreeSet<String>,
 }
 
 impl Show {
     /// The objective alone.
-    pub(in crate::methods) fn objective() -> Self {
+    pub(super) fn objective() -> Self {
         Self {
             objective: true,
             ..Self::default()
@@ -106,14 +106,14 @@ impl Show {
     }
 
     /// The same with a hook point moved.
-    pub(in crate::methods) fn moving(mut self, hook: &str) -> Self {
+    pub(super) fn moving(mut self, hook: &str) -> Self {
         self.intervene.insert(hook.to_owned());
         self
     }
 }
 
 impl Subject {
-    pub(in crate::methods) fn new(
+    pub(super) fn new(
         handle: ModelHandle,
         (row, tokens): (RowGroup, Vec<Token>),
         objective: Objective,
@@ -132,17 +132,17 @@ impl Subject {
         }
     }
 
-    pub(in crate::methods) fn info(&self) -> &ModelInfo {
+    pub(super) fn info(&self) -> &ModelInfo {
         self.handle.info()
     }
 
     /// Where progress can be watched.
-    pub(in crate::methods) fn watch(&self) -> watch::Receiver<Partial> {
+    pub(super) fn watch(&self) -> watch::Receiver<Partial> {
         self.progress.subscribe()
     }
 
     /// More rows will be run.
-    pub(in crate::methods) fn plan(&self, rows: usize) {
+    pub(super) fn plan(&self, rows: usize) {
         self.progress
             .send_modify(|p| p.rows_planned = self.done() + rows as u64);
     }
@@ -169,7 +169,7 @@ impl Subject {
     ///
     /// # Errors
     /// Those of the run, and what `inputs` or `each` say.
-    pub(in crate::methods) async fn run(
+    pub(super) async fn run(
         &mut self,
         show: &Show,
         (rows, row_bytes): (usize, usize),
@@ -239,7 +239,7 @@ impl Subject {
     }
 
     /// A number for each of `rows` variations: the objective.
-    pub(in crate::methods) async fn values(
+    pub(super) async fn values(
         &mut self,
         show: &Show,
         extent: (usize, usize),
@@ -274,7 +274,7 @@ impl Subject {
     ///
     /// # Errors
     /// Those of the run.
-    pub(in crate::methods) async fn next(
+    pub(super) async fn next(
         &mut self,
         queued: &mut Queued,
     ) -> Result<Option<RowsDone>, EngineError> {
@@ -315,7 +315,7 @@ impl Subject {
     ///
     /// # Errors
     /// What the engine says of them.
-    pub(in crate::methods) async fn submit(
+    pub(super) async fn submit(
         &self,
         spec: VariantSpec,
         groups: Vec<RowGroup>,
@@ -351,7 +351,7 @@ impl Subject {
         })
     }
 
-    pub(in crate::methods) fn spec(&self, show: &Show) -> VariantSpec {
+    pub(super) fn spec(&self, show: &Show) -> VariantSpec {
         VariantSpec {
             expose: show.expose.clone(),
             intervene: show.intervene.clone(),
@@ -367,7 +367,7 @@ impl Subject {
     }
 
     /// Some variations as a group.
-    pub(in crate::methods) fn group(
+    pub(super) fn group(
         &self,
         show: &Show,
         rows: usize,
@@ -441,7 +441,7 @@ impl Subject {
     }
 
     /// The input that holds token ids.
-    pub(in crate::methods) fn ids_input(&self) -> Option<&InputInfo> {
+    pub(super) fn ids_input(&self) -> Option<&InputInfo> {
         self.info().input(InputRole::TokenIds)
     }
 }
@@ -465,7 +465,7 @@ fn picks(show: &Show) -> Vec<PickSpec> {
 }
 
 /// Whether the rows of a run are stacked in this input.
-pub(in crate::methods) fn batched(input: &InputInfo) -> bool {
+pub(super) fn batched(input: &InputInfo) -> bool {
     match input.axes.first() {
         Some(axis) => *axis == Axis::Batch,
         None => input.dims.first().is_some_and(Option::is_none),
@@ -473,7 +473,7 @@ pub(in crate::methods) fn batched(input: &InputInfo) -> bool {
 }
 
 /// The floats of an answer's tensor.
-pub(in crate::methods) fn floats(tensors: &[Tensor], at: usize) -> Result<Vec<f32>, EngineError> {
+pub(super) fn floats(tensors: &[Tensor], at: usize) -> Result<Vec<f32>, EngineError> {
     let tensor = tensors
         .get(at)
         .ok_or_else(|| EngineError::internal(format!("an answer has no tensor {at}")))?;
@@ -482,7 +482,7 @@ pub(in crate::methods) fn floats(tensors: &[Tensor], at: usize) -> Result<Vec<f3
 }
 
 /// The first float of an answer: the number that is explained, of a single row.
-pub(in crate::methods) fn first(tensors: &[Tensor]) -> Result<f64, EngineError> {
+pub(super) fn first(tensors: &[Tensor]) -> Result<f64, EngineError> {
     let values = floats(tensors, 0)?;
     let value = values.first().copied();
     value
