@@ -168,7 +168,12 @@ fn a_probe_goes_from_a_file_to_scores_and_pictures() {
     .ok();
     let told: Value = serde_json::from_str(&told.out).unwrap();
     let score = run(&["probe", "score", model, "first", "the story", "--json"]).ok();
+    let edit = ["--edit", "hidden_states.0 zero"];
+    let asked = ["probe", "score", model, "first", "the story", "--json"];
+    let edited = run(&[&asked[..], &edit].concat()).ok();
+    let edited: Value = serde_json::from_str(&edited.out).unwrap();
     let score: Value = serde_json::from_str(&score.out).unwrap();
+    assert_ne!(edited["scores"], score["scores"]);
     let values = [&told["value"], &score["scores"][0]["input"]["values"][0]];
     let [explained, scored] = values.map(|v| v.as_f64().unwrap());
     assert!((explained - scored).abs() < 1e-3, "{explained} {scored}");

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use daemon::{TestDaemon, hooks, ids};
 use introspectd::service::wire::introspect::{
     self as pb, HeadMeasure as M, HeadPattern, analysis_service_client::AnalysisServiceClient,
-    head_detector::Pattern as Given, heads_response::Item as Message,
+    edit::Operation, head_detector::Pattern as Given, heads_response::Item as Message,
 };
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
@@ -314,6 +314,66 @@ async fn repeated_sequences_are_returned_and_measured_as_defined() {
             assert!(within.values("special_tokens").iter().any(|v| *v > 0.0));
         }
     }
+    d.stop().await;
+}
+
+/// Induction heads read what heads that attend to the token before have written (Olsson et al. 2022): without these they find nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_intervention_on_some_heads_changes_what_later_heads_attend_to() {
+    const MODEL: &str = "induction.legacy17";
+    let d = TestDaemon::with(&[MODEL]).await;
+    let asked = |edits: Vec<pb::Edit>| pb::HeadsRequest {
+        model: MODEL.to_owned(),
+        measures: vec![M::PreviousToken.into(), M::Induction.into()],
+        intervention: (!edits.is_empty()).then(|| pb::Intervention {
+            edits,
+            ..pb::Intervention::default()
+        }),
+        ..pb::HeadsRequest::default()
+    };
+    let zero = |hook: &str, heads: Vec<u32>| pb::Edit {
+        hook: hook.to_owned(),
+        layers: vec![0],
+        heads,
+        operation: Some(Operation::Zero(pb::Zero {})),
+        ..pb::Edit::default()
+    };
+    let plain = ask(&d, asked(Vec::new())).await.unwrap();
+    let heads = plain.header.heads as usize;
+    let of_layer = |answer: &Answer, name: &str, layer: usize| {
+        answer.values(name)[layer * heads..][..heads].to_vec()
+    };
+    let strongest = |values: Vec<f64>| values.into_iter().fold(0.0, f64::max);
+    let previous = of_layer(&plain, "previous_token", 0);
+    let (looking, others): (Vec<u32>, Vec<u32>) =
+        (0..u32::try_from(heads).unwrap()).partition(|h| previous[*h as usize] > 0.5);
+    assert!(!looking.is_empty() && !others.is_empty(), "{previous:?}");
+    assert!(strongest(of_layer(&plain, "induction", 1)) > 0.5);
+
+    let without = ask(&d, asked(vec![zero("attn.hook_z", looking)])).await;
+    let without = without.unwrap();
+    assert!(strongest(of_layer(&without, "induction", 1)) < 0.1);
+    same(
+        &of_layer(&without, "previous_token", 0),
+        &previous,
+        CLOSE,
+        "what attends stands before what it writes",
+    );
+    let others = ask(&d, asked(vec![zero("attn.hook_z", others)])).await;
+    assert!(strongest(of_layer(&others.unwrap(), "induction", 1)) > 0.5);
+
+    // A pattern that is edited is measured as its readers read it.
+    let gone = ask(&d, asked(vec![zero("attn.hook_pattern", vec![1])])).await;
+    let gone = of_layer(&gone.unwrap(), "previous_token", 0);
+    assert!(gone[1] == 0.0 && gone[0] > 0.0, "{gone:?}");
+
+    let refused = ask(&d, asked(vec![zero("attn.hook_z", vec![99])])).await;
+    let status = refused.unwrap_err();
+    assert_eq!(status.code(), Code::InvalidArgument);
+    assert!(
+        status.message().contains("intervention.edits[0].heads"),
+        "{status:?}"
+    );
     d.stop().await;
 }
 

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use daemon::{TestDaemon, hooks, ids};
 use introspectd::service::wire::introspect::{
     self as pb, NeuronRanking as By, analysis_service_client::AnalysisServiceClient,
-    neurons_request::Item as Asked, neurons_response::Item as Message,
+    edit::Operation, neurons_request::Item as Asked, neurons_response::Item as Message,
 };
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
@@ -359,6 +359,52 @@ async fn a_text_that_fails_fails_alone() {
             .any(|n| n.contains("2 texts failed"))
     );
     assert_eq!(answer.neurons.len(), 20);
+    d.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_intervention_is_made_on_each_text() {
+    let d = TestDaemon::with(&["gpt2.legacy14"]).await;
+    let edited = |positions: &[i32]| pb::NeuronsHeader {
+        by: pb::NeuronRanking::Max.into(),
+        top_k: 1,
+        intervention: Some(pb::Intervention {
+            edits: vec![pb::Edit {
+                hook: "mlp.hook_post".to_owned(),
+                layers: vec![1],
+                dims: vec![3],
+                positions: positions.to_vec(),
+                operation: Some(Operation::Set(pb::Tensor {
+                    dtype: pb::DType::F32.into(),
+                    shape: vec![1],
+                    data: 77.0f32.to_le_bytes().to_vec().into(),
+                    ..pb::Tensor::default()
+                })),
+                ..pb::Edit::default()
+            }],
+            ..pb::Intervention::default()
+        }),
+        ..of("gpt2.legacy14")
+    };
+    let answer = search(&d, edited(&[])).await.unwrap();
+    let best = &answer.neurons[0];
+    assert_eq!((best.layer, best.index, best.max), (Some(1), 3, 77.0));
+    near(best.mean, 77.0, "every position of every text");
+
+    // The fourth token exists in four of the five texts.
+    let answer = search(&d, edited(&[3])).await.unwrap();
+    assert_eq!(answer.neurons[0].max, 77.0);
+    let failed: Vec<(u64, &str)> = answer
+        .failures
+        .iter()
+        .map(|f| (f.text, &f.failure.as_ref().unwrap().field[..]))
+        .collect();
+    assert_eq!(failed, [(4, "intervention.edits[0].positions[0]")]);
+
+    let status = search(&d, edited(&[99])).await.unwrap_err();
+    assert_eq!(status.code(), Code::InvalidArgument);
+    let field = "header.intervention.edits[0].positions[0]";
+    assert!(status.message().contains(field), "{status:?}");
     d.stop().await;
 }
 

@@ -19,7 +19,9 @@ use super::{
     },
     client::{Session, Target},
     error::CliError,
-    files, out,
+    files,
+    intervene::edit::EditArgs,
+    out,
 };
 use crate::service::wire::introspect::{
     self as pb, HeadMeasure, HeadPattern, HeadSimilarity,
@@ -38,6 +40,8 @@ Examples:
   Induction heads, found on random tokens that are repeated:
     introspectd heads gpt2 --measure induction,duplicate_token --seed 7
     introspectd heads gpt2 --detect induction_head --exclude-bos
+  What becomes of them without a head of the layer below:
+    introspectd heads gpt2 --measure induction --edit 'z[layer=0;head=3] zero'
   Attention by distance, and how alike positions are:
     introspectd heads bert --text-file texts.txt --positions -o positions.html
 Without a text everything is measured on repeated random tokens. `proto/introspect/v1/heads.proto` has the formulas.";
@@ -62,6 +66,8 @@ pub(super) struct HeadsArgs {
     what: WhatArgs,
     #[command(flatten)]
     repeated: RepeatedArgs,
+    #[command(flatten)]
+    edits: EditArgs,
     /// Write a file in place of the terminal: .npz, .json, .png or .html
     #[arg(long, short, value_name = "FILE", help_heading = "Output")]
     output: Option<PathBuf>,
@@ -195,10 +201,15 @@ pub(super) async fn run(args: &HeadsArgs) -> Result<(), CliError> {
         let lines = bulk::lines(file).await?;
         inputs.extend(lines.iter().map(|line| args.texts.input(&line.text)));
     }
+    let intervention = args.edits.intervention(&args.texts)?;
     let (session, model) = Session::for_model(&args.target, &args.model).await?;
     let answered = async {
         let similarity = args.what.positions && has_positions(&session, &model).await?;
-        ask(session.analyses(), args.request(model, inputs, similarity)).await
+        let request = pb::HeadsRequest {
+            intervention,
+            ..args.request(model, inputs, similarity)
+        };
+        ask(session.analyses(), request).await
     };
     let answered = answered.await;
     session.close().await;
@@ -239,6 +250,7 @@ impl HeadsArgs {
             }),
             offsets: what.positions,
             similarity,
+            intervention: None,
         }
     }
 }

@@ -20,7 +20,9 @@ use super::{
     },
     client::{Session, Target},
     error::CliError,
-    files, out,
+    files,
+    intervene::edit::EditArgs,
+    out,
 };
 use crate::service::wire::introspect::{
     self as pb, NeuronRanking, NeuronSet, neurons_request::Item as Asked, neurons_response::Item,
@@ -74,6 +76,8 @@ pub(super) struct NeuronsArgs {
     texts: TextArgs,
     #[command(flatten)]
     what: WhatArgs,
+    #[command(flatten)]
+    edits: EditArgs,
     /// Write a file in place of the terminal: .npz, .json, .png or .html
     #[arg(long, short, value_name = "FILE", help_heading = "Output")]
     output: Option<PathBuf>,
@@ -173,8 +177,9 @@ pub(super) async fn run(args: &NeuronsArgs) -> Result<(), CliError> {
             "standard input can be one of both sets of texts".into(),
         ));
     }
+    let intervention = args.edits.intervention(&args.texts)?;
     let (session, model) = Session::for_model(&args.target, &args.model).await?;
-    let answered = search(&session, model, args).await;
+    let answered = search(&session, model, args, intervention).await;
     session.close().await;
     let answer = answered?;
     for failure in answer.failures.iter().take(TOLD) {
@@ -198,7 +203,12 @@ pub(super) async fn run(args: &NeuronsArgs) -> Result<(), CliError> {
 }
 
 /// Finds neurons, and how they react to each token of the texts of the command line.
-async fn search(session: &Session, model: String, args: &NeuronsArgs) -> Result<Answer, CliError> {
+async fn search(
+    session: &Session,
+    model: String,
+    args: &NeuronsArgs,
+    intervention: Option<pb::Intervention>,
+) -> Result<Answer, CliError> {
     let what = &args.what;
     let by = what.by.unwrap_or(match args.contrast {
         Some(_) => ByArg::Contrast,
@@ -222,6 +232,7 @@ async fn search(session: &Session, model: String, args: &NeuronsArgs) -> Result<
         context: what.context,
         activations: false,
         statistics: what.all,
+        intervention,
     };
     let mut answer = ask(session, header.clone(), Texts::of(args)).await?;
     let few = !args.text.is_empty() && args.text.len() <= SHOWN;

@@ -24,6 +24,7 @@ pub use repeated::Repeated;
 
 use super::{
     input::{self, Input, Token},
+    intervene::Editor,
     rows::{self, Room},
 };
 use crate::{
@@ -114,6 +115,8 @@ pub struct Heads {
     pub offsets: bool,
     /// Similarity of positions.
     pub similarity: bool,
+    /// What is changed of the model.
+    pub editor: Option<Editor>,
 }
 
 /// What it may cost, and how urgent it is.
@@ -143,6 +146,7 @@ pub struct Started {
     /// Names of the tensors that will come.
     pub names: Vec<String>,
     handle: ModelHandle,
+    editor: Option<Editor>,
     rows: Vec<Row>,
     measures: Vec<Measure>,
     detect: Arc<Vec<Detector>>,
@@ -166,6 +170,8 @@ pub struct Progress {
 /// A row that is run.
 #[derive(Clone, Debug)]
 struct Row {
+    /// The model as it is for this row.
+    handle: ModelHandle,
     group: RowGroup,
     /// Positions, where they are known before the run.
     length: Option<usize>,
@@ -233,6 +239,7 @@ pub async fn start(
         truncated: 0,
         names: Vec::new(),
         handle: handle.clone(),
+        editor: wanted.editor,
         rows: Vec::new(),
         measures: wanted.measures.clone(),
         detect: Arc::new(wanted.detect),
@@ -245,11 +252,12 @@ pub async fn start(
     };
     for (at, input) in wanted.inputs.into_iter().enumerate() {
         let field = format!("inputs[{at}]");
-        let prepared = input::prepare(handle, input, ctx).await;
+        let prepared = input::prepare(handle, input.clone(), ctx).await;
         let prepared = prepared.map_err(|e| e.beneath(&field))?;
         started.timings.tokenize += prepared.tokenize;
         started.truncated = started.truncated.saturating_add(prepared.truncated);
         started.rows.push(Row {
+            handle: started.edited(&input, ctx).await?,
             length: prepared.group.length.or(known(prepared.tokens.len())),
             group: prepared.group,
             facts: Arc::new(Facts {
@@ -350,6 +358,18 @@ fn no_positions(info: &ModelInfo) -> EngineError {
 }
 
 impl Started {
+    /// The model as it is for an input.
+    async fn edited(&self, input: &Input, ctx: &Ctx) -> Result<ModelHandle, EngineError> {
+        match &self.editor {
+            Some(editor) => {
+                editor
+                    .edited(&self.handle, input, (self.terms.lane, ctx))
+                    .await
+            }
+            None => Ok(self.handle.clone()),
+        }
+    }
+
     /// Adds the repeated sequences, when something is measured on them.
     async fn repeat(&mut self, repeated: &Repeated, ctx: &Ctx) -> Result<(), EngineError> {
         let alone = self.rows.is_empty();
@@ -379,7 +399,12 @@ impl Started {
                 ..Token::default()
             };
             let tokens: Vec<Token> = sequence.ids.iter().map(spell).collect();
+            let input = Input::Tokens {
+                ids: sequence.ids.clone(),
+                type_ids: Vec::new(),
+            };
             self.rows.push(Row {
+                handle: self.edited(&input, ctx).await?,
                 group: input::row(&info, &sequence.ids, &[])?,
                 length: Some(sequence.ids.len()),
                 facts: Arc::new(Facts {
@@ -534,13 +559,7 @@ impl Started {
         let mut runs = 0;
         for pass in rows::passes(&hooks, row.length, self.terms.max_bytes)? {
             let urgency = (self.terms.lane, ctx);
-            let shown = rows::show(
-                &self.handle,
-                &row.group,
-                &hooks[pass.clone()],
-                room,
-                urgency,
-            );
+            let shown = rows::show(&row.handle, &row.group, &hooks[pass.clone()], room, urgency);
             let mut shown = shown.await.map_err(|e| input::at_field(e, &row.field))?;
             timings += shown.timings;
             runs += 1;
@@ -571,7 +590,7 @@ impl Started {
         let hook = info.hook(POSITIONS).ok_or_else(|| no_positions(&info))?;
         let urgency = (self.terms.lane, ctx);
         let hooks = [hook];
-        let shown = rows::show(&self.handle, &row.group, &hooks, Room::Wait, urgency);
+        let shown = rows::show(&row.handle, &row.group, &hooks, Room::Wait, urgency);
         let shown = shown.await.map_err(|e| input::at_field(e, &row.field))?;
         let added = shown.tensors.first();
         let added = added.ok_or_else(|| EngineError::internal("no positions came back"))?;

@@ -16,9 +16,9 @@ const ROOM: usize = 64 << 20;
 /// What a mean is of: a load of a model, inputs, a hook point, and whether positions are averaged too.
 type Key = [u8; 32];
 
-/// See the module. Shared by all requests.
-#[derive(Debug, Default)]
-pub struct Means(Mutex<Kept>);
+/// See the module. Clones are the same.
+#[derive(Clone, Debug, Default)]
+pub struct Means(Arc<Mutex<Kept>>);
 
 #[derive(Debug, Default)]
 struct Kept {

@@ -26,7 +26,7 @@ pub use resolve::resolve;
 
 use super::{attribute::features::Span, input::Input};
 use crate::{
-    engine::{Ctx, Lane},
+    engine::{Ctx, EngineError, Lane, ModelHandle},
     tensor::Tensor,
 };
 
@@ -48,6 +48,36 @@ pub struct Intervention {
     pub edits: Vec<Edit>,
     /// Inputs whose runs values are taken from, by the names that edits call them.
     pub sources: BTreeMap<String, Source>,
+}
+
+/// An intervention, to be made on any input.
+#[derive(Clone, Debug)]
+pub struct Editor {
+    /// What is changed.
+    pub intervention: Intervention,
+    /// Means that are known.
+    pub means: Means,
+}
+
+impl Editor {
+    /// The model as it is changed for this input.
+    ///
+    /// # Errors
+    /// Those of [`resolve()`].
+    pub async fn edited(
+        &self,
+        handle: &ModelHandle,
+        input: &Input,
+        (lane, ctx): (Lane, &Ctx),
+    ) -> Result<ModelHandle, EngineError> {
+        let within = Within {
+            lane,
+            ctx,
+            means: &self.means,
+        };
+        let edits = resolve(handle, &self.intervention, input, within).await?;
+        Ok(handle.edited(edits))
+    }
 }
 
 /// An input that is run for the values inside.

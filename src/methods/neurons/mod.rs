@@ -25,6 +25,7 @@ use sums::Sums;
 
 use super::{
     input::{self, Input, Token},
+    intervene::Editor,
     rows::{self, Room},
     select::{self, Point},
 };
@@ -101,6 +102,8 @@ pub struct Search {
     pub context: usize,
     /// Activations of the named at each token of each text.
     pub activations: bool,
+    /// What is changed of the model.
+    pub editor: Option<Editor>,
 }
 
 /// A text of the corpus.
@@ -266,9 +269,16 @@ impl Neurons {
     /// Runs a text and adds it. Of a text that fails between two passes, what was shown before counts.
     ///
     /// # Errors
-    /// Those of the run; paths of fields begin at the text.
+    /// Those of the run; paths of fields begin at the text, or are `intervention...`.
     pub async fn text(self: &Arc<Self>, text: Text, ctx: &Ctx) -> Result<Told, EngineError> {
         let field = input::field_of(&text.input);
+        let handle = match &self.search.editor {
+            Some(editor) => {
+                let edited = editor.edited(&self.handle, &text.input, (Lane::Bulk, ctx));
+                edited.await?
+            }
+            None => self.handle.clone(),
+        };
         let prepared = input::prepare(&self.handle, text.input, ctx).await;
         let prepared = prepared.map_err(|e| e.beneath("input"))?;
         let mut timings = StageTimings {
@@ -294,7 +304,7 @@ impl Neurons {
         for pass in rows::passes(&hooks, length, self.most)? {
             let some = &hooks[pass.clone()];
             let urgency = (Lane::Bulk, ctx);
-            let shown = rows::show(&self.handle, &prepared.group, some, Room::Wait, urgency);
+            let shown = rows::show(&handle, &prepared.group, some, Room::Wait, urgency);
             let mut shown = shown.await.map_err(|e| input::at_field(e, field))?;
             timings += shown.timings;
             rows += 1;

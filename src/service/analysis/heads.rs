@@ -71,6 +71,7 @@ async fn begin(
     call: &Call,
     ctx: &Ctx,
 ) -> Result<((Started, u64), Explained)> {
+    let intervention = request.intervention.clone();
     let (model, wanted) = from_proto(request)?;
     let seed = wanted.repeated.seed;
     let handle = state.registry.get(&model)?;
@@ -79,8 +80,15 @@ async fn begin(
         max_bytes: state.config.max_capture,
         lane: Lane::Interactive,
     };
-    let started = heads::start(&handle, wanted, terms, ctx).await;
-    explained.begun(started.map(|started| (started, seed)))
+    let started = async {
+        let wanted = Heads {
+            editor: state.editor(&handle, intervention).await?,
+            ..wanted
+        };
+        let started = heads::start(&handle, wanted, terms, ctx).await?;
+        Ok((started, seed))
+    };
+    explained.begun(started.await)
 }
 
 fn header(started: &Started, seed: u64) -> pb::HeadsHeader {
@@ -144,6 +152,7 @@ fn from_proto(request: pb::HeadsRequest) -> Result<(String, Heads)> {
             .map_err(|e| e.beneath("repeated"))?,
         offsets: request.offsets,
         similarity: request.similarity,
+        editor: None,
     };
     Ok((model, heads))
 }

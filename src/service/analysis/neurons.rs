@@ -56,7 +56,7 @@ pub(super) async fn answer(
     let call = Call::of(&request);
     let mut requests = request.into_inner();
     let first = requests.message().await?;
-    let begun = begin(state, first, &call);
+    let begun = begin(state, first, &call).await;
     let (begun, explained) = begun.map_err(|e| status::status(&e))?;
     Ok(teller::answer(
         (call, explained),
@@ -66,7 +66,7 @@ pub(super) async fn answer(
     ))
 }
 
-fn begin(
+async fn begin(
     state: &State,
     first: Option<pb::NeuronsRequest>,
     call: &Call,
@@ -79,15 +79,23 @@ fn begin(
     };
     let model = named(header.model.clone()).map_err(|e| e.beneath("header"))?;
     let statistics = header.statistics;
+    let intervention = header.intervention.clone();
     let search = search(header).map_err(|e| e.beneath("header"))?;
     let handle = state.registry.get(&model)?;
     let explained = Explained::new(&model, "neurons", call.arrived);
-    let neurons = Neurons::begin(handle, search, state.config.max_capture);
-    let begun = neurons.map(|neurons| Begun {
-        neurons: Arc::new(neurons),
-        statistics,
-    });
-    explained.begun(begun.map_err(|e| e.beneath("header")))
+    let begun = async {
+        let search = Search {
+            editor: state.editor(&handle, intervention).await?,
+            ..search
+        };
+        let neurons = Neurons::begin(handle, search, state.config.max_capture)?;
+        Ok(Begun {
+            neurons: Arc::new(neurons),
+            statistics,
+        })
+    };
+    let begun = begun.await;
+    explained.begun(begun.map_err(|e: EngineError| e.beneath("header")))
 }
 
 /// Paths of fields begin at the header.
@@ -135,6 +143,7 @@ fn search(header: pb::NeuronsHeader) -> Result<Search> {
         by_magnitude: header.by_magnitude,
         neurons: header.neurons.into_iter().map(name).collect(),
         activations: header.activations,
+        editor: None,
     })
 }
 
@@ -285,6 +294,11 @@ async fn texts(
     }
     // Nothing can be said of nothing: why the first one failed is why the search does.
     Err(match far.failure.take() {
+        Some(EngineError::InvalidArgument { field, message })
+            if field.starts_with("intervention") =>
+        {
+            EngineError::invalid(format!("header.{field}"), message)
+        }
         Some(error) => error.beneath("texts[0]"),
         None => EngineError::invalid("text", "there are no texts: send at least one"),
     })

@@ -29,7 +29,7 @@ use crate::{
         capture::{self, Captured, Terms},
         input::Input,
         intervene::{
-            self, Within,
+            Editor,
             effect::{Effect, effects},
         },
         predict::{self, At, Candidate, Prediction},
@@ -122,8 +122,23 @@ impl State {
         input: &Input,
         (lane, ctx): (Lane, &Ctx),
     ) -> Result<ModelHandle, EngineError> {
+        match self.editor(handle, intervention).await? {
+            Some(editor) => editor.edited(handle, input, (lane, ctx)).await,
+            None => Ok(handle.clone()),
+        }
+    }
+
+    /// An intervention with the directions that it names.
+    ///
+    /// # Errors
+    /// With paths of fields that begin at the request: `intervention...`.
+    pub(super) async fn editor(
+        &self,
+        handle: &ModelHandle,
+        intervention: Option<pb::Intervention>,
+    ) -> Result<Option<Editor>, EngineError> {
         let Some(given) = intervention else {
-            return Ok(handle.clone());
+            return Ok(None);
         };
         let mut directions = from_proto::Directions::new();
         for (field, named) in from_proto::probes(&given) {
@@ -133,13 +148,10 @@ impl State {
         }
         let intervention =
             from_proto::intervention(given, &directions).map_err(|e| e.beneath("intervention"))?;
-        let within = Within {
-            lane,
-            ctx,
-            means: &self.means,
-        };
-        let edits = intervene::resolve(handle, &intervention, input, within).await?;
-        Ok(handle.edited(edits))
+        Ok(Some(Editor {
+            intervention,
+            means: self.means.clone(),
+        }))
     }
 
     /// The weights of a linear probe, its bias left out.
