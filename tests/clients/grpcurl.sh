@@ -23,7 +23,7 @@ check() {
 text='"input": {"text": {"text": "A delight from beginning to end."}}'
 
 check "list" \
-    'grpc.health.v1.Health.* inference.GRPCInferenceService introspect.v1.AttributionService introspect.v1.CaptureService introspect.v1.ModelService' \
+    'grpc.health.v1.Health.* inference.GRPCInferenceService introspect.v1.AnalysisService introspect.v1.AttributionService introspect.v1.CaptureService introspect.v1.InterventionService introspect.v1.ModelService introspect.v1.ProbeService' \
     "$address" list
 check "describe a service" 'rpc Capture ?\( \.introspect\.v1\.CaptureRequest \) returns \( stream ' \
     "$address" describe introspect.v1.CaptureService
@@ -36,6 +36,9 @@ check "Capture" '"header": .*"name": "blocks.0.attn.hook_pattern".*"label": "pos
 check "Attribute" '"header": .*"label": "positive".*"result": .*"method": "integrated_gradients".*"delta".*"name": "attributions".*"crc32c"' \
     -d "{\"model\": \"sentiment\", $text}" \
     "$address" introspect.v1.AttributionService/Attribute
+check "Intervene" '"original": .*"modified": .*"effect": .*"kl": .*"summary"' \
+    -d "{\"model\": \"sentiment\", $text, \"intervention\": {\"edits\": [{\"hook\": \"attn.hook_z\", \"layers\": [3], \"heads\": [1], \"zero\": {}}]}}" \
+    "$address" introspect.v1.InterventionService/Intervene
 check "ModelInfer" '"outputs": \[ \{ "name": "logits", "datatype": "FP32"' \
     -d '{"model_name": "sentiment", "inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "contents": {"bytes_contents": ["Z29vZA=="]}}]}' \
     "$address" inference.GRPCInferenceService/ModelInfer
