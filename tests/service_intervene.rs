@@ -855,6 +855,33 @@ async fn a_sweep_is_every_edit_by_itself() {
         let wanted = one_score(&d, model, from(&OTHER, vec![alone])).await - both.header.value;
         close(both.of("effects", hook)[5 * 4 + 2], wanted, hook);
 
+        // So many rows of later layers begin in the middle of the model, after one that tells that nothing is lost by it.
+        let last = u32::try_from(found.header.hooks.len() - 1).unwrap();
+        let neurons = pb::SweepRequest {
+            layers: vec![last],
+            ..sweep(model, "mlp.hook_post", &[Dim, Position], patched(&OTHER))
+        };
+        let all = swept(&d, neurons.clone()).await.unwrap();
+        assert_eq!(all.summary.rows, all.header.rows + 2, "{model}");
+        let few = pb::SweepRequest {
+            method: pb::SweepMethod::Both.into(),
+            most: 9,
+            ..neurons
+        };
+        let few = swept(&d, few).await.unwrap();
+        assert_eq!(few.summary.rows, 1 + 9 + 1, "{model}");
+        let hook = &few.header.hooks[0];
+        let whole = few.of("effects", hook).iter().enumerate();
+        let run: Vec<_> = whole.filter(|(_, e)| e.is_finite()).collect();
+        assert_eq!(run.len(), 9);
+        for (part, effect) in run {
+            close(
+                all.of("effects", hook)[part],
+                f64::from(*effect),
+                &format!("{model} {hook} {part}"),
+            );
+        }
+
         // Neurons, put to their mean.
         let mean = || pb::Mean {
             inputs: vec![tokens(&OTHER)],

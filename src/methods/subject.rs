@@ -94,6 +94,10 @@ pub(super) struct Show {
     pub(super) rules: Rules,
     /// Hook points as they are.
     pub(super) expose: BTreeSet<String>,
+    /// Hook points that the variant can show and these rows do not: others share it that do.
+    pub(super) beside: BTreeSet<String>,
+    /// Hook points that the rows begin at: what stands there is among their inputs.
+    pub(super) enter: BTreeSet<String>,
 }
 
 impl Show {
@@ -353,8 +357,9 @@ impl Subject {
 
     pub(super) fn spec(&self, show: &Show) -> VariantSpec {
         VariantSpec {
-            expose: show.expose.clone(),
+            expose: &show.expose | &show.beside,
             intervene: show.intervene.clone(),
+            enter: show.enter.clone(),
             keep_outputs: false,
             gradient: (show.objective || !show.points.is_empty()).then(|| GradientSpec {
                 of: self.objective.quantity,

@@ -37,7 +37,7 @@ pub struct Variant {
 }
 
 /// Makes a variant. `measure` runs the graph that is to be differentiated, with nothing moved, and tells the shapes of its values; it is
-/// called for a gradient only.
+/// called for gradients only, not for an objective by itself.
 ///
 /// # Errors
 /// See [`expose()`], [`intervene()`], [`enter()`] and [`backward`]; and what `measure` says.
@@ -60,7 +60,7 @@ pub fn variant(
     let entered = if spec.enter.is_empty() {
         None
     } else {
-        if spec.gradient.is_some() {
+        if spec.gradient.as_ref().is_some_and(|g| !g.points.is_empty()) {
             return Err(RewriteError::Graph(
                 "a variant that begins at hook points is not differentiated".to_owned(),
             ));
@@ -80,12 +80,13 @@ pub fn variant(
         let made = expose(&model, &anatomy, &what)?;
         (model, outputs) = (made.model, made.outputs);
     }
-    if let Some(entered) = entered {
-        entered.check(&model)?;
-    }
     if let Some(gradient) = &spec.gradient {
         let movable: Vec<String> = inputs.iter().map(|(name, _)| name.clone()).collect();
-        let shapes = measure(&model, &movable).map_err(RewriteError::Graph)?;
+        // An objective by itself is appended to shapes of any kind.
+        let shapes = match gradient.points.is_empty() {
+            true => Shapes::default(),
+            false => measure(&model, &movable).map_err(RewriteError::Graph)?,
+        };
         let mut kept: BTreeSet<String> = outputs.iter().map(|o| o.name.clone()).collect();
         let made = differentiate(&model, &anatomy, gradient, &shapes)?;
         kept.extend(made.outputs.iter().map(|o| o.name.clone()));
@@ -98,6 +99,9 @@ pub fn variant(
             patch.keep_outputs(&values.collect::<Vec<_>>());
             model = model.with_graph(patch.apply()?);
         }
+    }
+    if let Some(entered) = entered {
+        entered.check(&model)?;
     }
     Ok(Variant {
         model,

@@ -8,13 +8,15 @@
 //! ```
 //!
 //! The input is the corrupted one of a patching, the source the clean one. Every part is a row of one variant of the graph, which can move the
-//! swept hook points of every layer: nothing is rebuilt, for other layers, heads or positions neither, and the parts of a hook point share runs.
+//! swept hook points of every layer: nothing is rebuilt, for other layers, heads or positions neither, and the parts of a hook point share
+//! runs. Rows that change later layers only begin in the middle of the model, where that is worth another variant: see `late`.
 
 mod estimate;
+mod late;
 mod parts;
 mod path;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use tokio::sync::watch;
 
@@ -29,10 +31,12 @@ use crate::{
     engine::{EngineError, ModelHandle, edits::of_kinds},
     methods::{
         input::{self, Input, Token},
-        subject::{Partial, Show, Spent, Subject},
+        subject::{Partial, Show, Spent, Subject, first},
         target::{self, Objective, Target, Terms},
     },
+    tensor::Tensor,
 };
+use late::Late;
 use parts::Parts;
 use path::Paths;
 pub(super) use path::of_rows;
@@ -114,6 +118,7 @@ pub struct Started {
     pub rows: usize,
     subject: Subject,
     way: Ready,
+    late: Option<Late>,
     estimated: Option<Vec<Vec<f64>>>,
     /// Hook points that are done.
     done: usize,
@@ -239,8 +244,10 @@ pub async fn start(
         swept.push(Swept { parts, new });
     }
     // A sweep of other layers runs on the same variant.
+    let middle = late::middle(handle.info()).map(|(hook, _)| hook.name.clone());
     let show = Show {
         intervene: of_kinds(handle.info(), swept.iter().map(Swept::name)),
+        beside: middle.into_iter().collect(),
         ..Show::objective()
     };
     let all: usize = swept.iter().map(|s| s.parts.len()).sum();
@@ -274,21 +281,31 @@ pub async fn start(
     let source_value = match clean {
         Some(clean) => {
             let mut subject = subject(clean.group, clean.tokens);
-            Some(value(&mut subject, &plain).await?)
+            Some(value(&mut subject, &plain).await?.0)
         }
         None => None,
     };
     let mut subject = subject(prepared.group, prepared.tokens.clone());
     subject.spent.timings.tokenize = prepared.tokenize;
-    let (value, estimated) = if matches!(way, Ready::Estimate) {
+    let (value, late, estimated) = if matches!(way, Ready::Estimate) {
         // One run gives the number and its gradients.
         subject.plan(rows);
         let (value, estimated) = estimate::estimates(&mut subject, &swept).await?;
-        (finite_number(value)?, Some(estimated))
+        (finite_number(value)?, None, Some(estimated))
     } else {
-        let value = value(&mut subject, &plain).await?;
+        // Nothing is shown beside by the variant of paths, and nothing stands in the middle then.
+        let seeing = Show {
+            expose: plain.beside.clone(),
+            beside: BTreeSet::new(),
+            ..plain.clone()
+        };
+        let (value, state) = value(&mut subject, &seeing).await?;
         subject.plan(rows);
-        (value, None)
+        let late = match state {
+            Some(state) => Late::new(handle.info(), &plain, &state)?,
+            None => None,
+        };
+        (value, late, None)
     };
     Ok(Started {
         tokens: prepared.tokens,
@@ -300,6 +317,7 @@ pub async fn start(
         rows,
         subject,
         way,
+        late,
         estimated,
         done: 0,
         pairs: Vec::new(),
@@ -356,13 +374,22 @@ fn of_request(error: EngineError) -> EngineError {
     EngineError::InvalidArgument { field, message }
 }
 
-/// The number for the row as it is.
-async fn value(subject: &mut Subject, show: &Show) -> Result<f64, EngineError> {
-    let mut value = f64::NAN;
+/// The number for the row as it is, and what the show exposes, if it does.
+async fn value(subject: &mut Subject, show: &Show) -> Result<(f64, Option<Tensor>), EngineError> {
+    let (mut value, mut exposed) = (f64::NAN, None);
     subject
-        .values(show, (1, 1), |_| Ok(Vec::new()), |_, _, v| value = v)
+        .run(
+            show,
+            (1, 1),
+            |_| Ok(Vec::new()),
+            |_, _, tensors| {
+                value = first(tensors)?;
+                exposed = tensors.get(1).cloned();
+                Ok(())
+            },
+        )
         .await?;
-    finite_number(value)
+    Ok((finite_number(value)?, exposed))
 }
 
 fn finite_number(value: f64) -> Result<f64, EngineError> {
@@ -405,16 +432,12 @@ impl Started {
         }
         let measured = match &self.way {
             Ready::Estimate => None,
-            Ready::Path(paths) => Some(paths.values(&mut self.subject, swept).await?),
-            Ready::Run(show) | Ready::Both(show, _) => {
-                let chosen = self.chosen(at);
-                Some(measured(&mut self.subject, (show, swept), &chosen).await?)
+            Ready::Path(paths) => {
+                let values = paths.values(&mut self.subject, swept).await?;
+                Some(values.into_iter().map(|v| v - self.value).collect())
             }
+            Ready::Run(_) | Ready::Both(..) => Some(self.measured(at).await?),
         };
-        let measured = measured.map(|values| {
-            let effects = values.into_iter().map(|v| v - self.value);
-            effects.collect::<Vec<f64>>()
-        });
         let estimated = self.estimated.as_ref().map(|e| e[at].clone());
         if let (Some(a), Some(b)) = (&estimated, &measured) {
             self.pairs.extend(a.iter().copied().zip(b.iter().copied()));
@@ -455,31 +478,51 @@ impl Started {
         chosen.sort_unstable();
         chosen
     }
-}
 
-/// The number with each of some parts changed by itself; NaN for the others.
-async fn measured(
-    subject: &mut Subject,
-    (show, swept): (&Show, &Swept),
-    parts: &[usize],
-) -> Result<Vec<f64>, EngineError> {
-    let info = subject.handle.info().clone();
-    let mut values = vec![f64::NAN; swept.parts.len()];
-    let operands = |part: usize| {
-        let both = swept.parts.replaced(part, &swept.new, None);
-        vec![(swept.name(), both)]
-    };
-    let bytes = parts.first().map_or(1, |part| {
-        let (_, both) = &operands(*part)[0];
-        both.iter().map(|g| g.values.len() * size_of::<f32>()).sum()
-    });
-    subject
-        .values(
-            show,
-            (parts.len(), bytes),
-            |range| of_rows(&info, range.map(|at| operands(parts[at]))),
-            |_, at, value| values[parts[at]] = value,
-        )
-        .await?;
-    Ok(values)
+    /// What changing each part of a hook point by itself does; NaN for those that are not run.
+    async fn measured(&mut self, at: usize) -> Result<Vec<f64>, EngineError> {
+        let (Ready::Run(show) | Ready::Both(show, _)) = &self.way else {
+            return Err(EngineError::internal("nothing was to be run"));
+        };
+        let info = self.subject.handle.info().clone();
+        let (swept, chosen) = (&self.swept[at], self.chosen(at));
+        let late = self.late.as_ref();
+        let behind = |at: &usize| late.is_some_and(|l| l.holds(&info, self.swept[*at].name()));
+        // Of this hook point and those to come.
+        let later = (at..self.swept.len()).filter(behind);
+        let rows: usize = later.map(|at| self.chosen(at).len()).sum();
+        let begins_late = behind(&at);
+        let late = match &mut self.late {
+            Some(late) if begins_late => {
+                let value = late.value(&mut self.subject, rows, self.value).await?;
+                value.map(|value| (&*late, value))
+            }
+            Some(_) | None => None,
+        };
+        let operands = |part: usize| {
+            let both = swept.parts.replaced(part, &swept.new, None);
+            vec![(swept.name(), both)]
+        };
+        let bytes = chosen.first().map_or(1, |part| {
+            let (_, both) = &operands(*part)[0];
+            let numbers: usize = both.iter().map(|g| g.values.len()).sum();
+            numbers * size_of::<f32>() + late.map_or(0, |(late, _)| late.bytes())
+        });
+        let (show, value) = late.map_or((show, self.value), |(late, value)| (late.show(), value));
+        let mut effects = vec![f64::NAN; swept.parts.len()];
+        self.subject
+            .values(
+                show,
+                (chosen.len(), bytes),
+                |range| {
+                    let state = late.map(|(late, _)| late.state(range.len()));
+                    let mut inputs = of_rows(&info, range.map(|at| operands(chosen[at])))?;
+                    inputs.extend(state.transpose()?);
+                    Ok(inputs)
+                },
+                |_, at, v| effects[chosen[at]] = v - value,
+            )
+            .await?;
+        Ok(effects)
+    }
 }
