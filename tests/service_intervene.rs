@@ -862,14 +862,15 @@ async fn a_sweep_is_every_edit_by_itself() {
             ..sweep(model, "mlp.hook_post", &[Dim, Position], patched(&OTHER))
         };
         let all = swept(&d, neurons.clone()).await.unwrap();
-        assert_eq!(all.summary.rows, all.header.rows + 2, "{model}");
+        // The source, the input, the input from the middle on.
+        assert_eq!(all.summary.rows, all.header.rows + 3, "{model}");
         let few = pb::SweepRequest {
             method: pb::SweepMethod::Both.into(),
             most: 9,
             ..neurons
         };
         let few = swept(&d, few).await.unwrap();
-        assert_eq!(few.summary.rows, 1 + 9 + 1, "{model}");
+        assert_eq!(few.summary.rows, 2 + 1 + 9, "{model}");
         let hook = &few.header.hooks[0];
         let whole = few.of("effects", hook).iter().enumerate();
         let run: Vec<_> = whole.filter(|(_, e)| e.is_finite()).collect();

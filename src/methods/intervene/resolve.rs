@@ -76,9 +76,9 @@ pub(super) struct Resolver<'a> {
 }
 
 /// What stood at hook points in a run, by name, and how many positions it had.
-struct Run {
-    values: BTreeMap<String, Grid>,
-    length: Option<usize>,
+pub(super) struct Run {
+    pub(super) values: BTreeMap<String, Grid>,
+    pub(super) length: Option<usize>,
 }
 
 impl Resolver<'_> {
@@ -118,17 +118,14 @@ impl Resolver<'_> {
         })
     }
 
-    /// What edits do at each of their hook points, each hook point once, in the order of the graph. Paths of fields begin at an edit, but for
-    /// the hook point of the edit of a number: `hooks[number]`.
-    pub(super) async fn places(
+    /// The places of edits. Paths of fields begin at an edit, but for the hook point of the edit of a number: `hooks[number]`.
+    pub(super) fn sites(
         &self,
         edits: &[Edit],
         row: &Prepared,
-    ) -> Result<Vec<Placed>, EngineError> {
-        let length = row.group.length;
-        let mut places = Vec::with_capacity(edits.len());
-        for (n, edit) in edits.iter().enumerate() {
-            let found = sites(self.info, edit, &row.tokens, length).map_err(|e| {
+    ) -> Result<Vec<Vec<Site>>, EngineError> {
+        let found = edits.iter().enumerate().map(|(n, edit)| {
+            sites(self.info, edit, &row.tokens, row.group.length).map_err(|e| {
                 let hook =
                     matches!(&e, EngineError::InvalidArgument { field, .. } if field == "hook");
                 if hook {
@@ -136,13 +133,22 @@ impl Resolver<'_> {
                 } else {
                     e
                 }
-            });
-            places.push(found?);
-        }
-        let runs = self.sources(edits, &places, "edits", &[]).await?;
+            })
+        });
+        found.collect()
+    }
+
+    /// What edits do at each of their places, each hook point once, in the order of the graph. `runs` are those of the sources that they name.
+    pub(super) async fn placed(
+        &self,
+        edits: &[Edit],
+        sites: Vec<Vec<Site>>,
+        runs: &BTreeMap<String, Run>,
+        row: &Prepared,
+    ) -> Result<Vec<Placed>, EngineError> {
         let mut placed: BTreeMap<usize, Placed> = BTreeMap::new();
-        for (edit, sites) in edits.iter().zip(places) {
-            let staged = self.staged(edit, &sites, &runs, length).await?;
+        for (edit, sites) in edits.iter().zip(sites) {
+            let staged = self.staged(edit, &sites, runs, row.group.length).await?;
             for (site, staged) in sites.into_iter().zip(staged) {
                 let order = self.info.hooks.iter().position(|h| h.name == site.hook);
                 let order = order.unwrap_or(usize::MAX);

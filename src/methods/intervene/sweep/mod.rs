@@ -23,15 +23,15 @@ use tokio::sync::watch;
 pub use parts::By;
 
 use super::{
-    Edit, Intervention, Operation, Source, Within,
+    Edit, Intervention, Operation, Within,
     operand::{Grid, Staged},
-    resolve::{Placed, resolver},
+    resolve::{Placed, Run, resolver},
 };
 use crate::{
     engine::{EngineError, ModelHandle, edits::of_kinds},
     methods::{
         input::{self, Input, Token},
-        subject::{Partial, Show, Spent, Subject, first},
+        subject::{Partial, Show, Spent, Subject, first, floats},
         target::{self, Objective, Target, Terms},
     },
     tensor::Tensor,
@@ -227,15 +227,28 @@ pub async fn start(
             "estimates by the gradient, and a divergence from the input's own prediction has none there: run the parts",
         ));
     }
-    let intervention = Intervention {
-        edits: Vec::new(),
-        sources: sources(&sweep, clean.as_ref()),
-    };
-    let resolver = resolver(handle, &intervention, within);
+    let nothing = Intervention::default();
+    let resolver = resolver(handle, &nothing, within);
     let edits = edits(&sweep);
-    let places = resolver.places(&edits, &prepared).await;
+    let sites = resolver.sites(&edits, &prepared).map_err(of_request)?;
+    let subject = |row, tokens| {
+        let terms = (lane, ctx.clone());
+        Subject::new(handle.clone(), (row, tokens), objective.clone(), terms)
+    };
+    let mut spent = Spent::default();
+    let (mut source_value, mut runs) = (None, BTreeMap::new());
+    if let Some(clean) = clean {
+        let mut subject = subject(clean.group, clean.tokens);
+        subject.spent.timings.tokenize = clean.tokenize;
+        let hooks = sites.iter().flatten().map(|site| site.hook.clone());
+        let (value, run) = seen(&mut subject, hooks.collect()).await?;
+        spent = subject.spent;
+        source_value = Some(value);
+        runs.insert(SOURCE.to_owned(), run);
+    }
+    let placed = resolver.placed(&edits, sites, &runs, &prepared).await;
     let mut swept = Vec::new();
-    for Placed { site, staged } in places.map_err(of_request)? {
+    for Placed { site, staged } in placed.map_err(of_request)? {
         let parts = Parts::new(site, &sweep.by)?;
         let new = match staged {
             Staged { mut operands, .. } if operands.len() == 2 => operands.remove(1),
@@ -274,19 +287,9 @@ pub async fn start(
         Ready::Run(show) | Ready::Both(show, _) => show.clone(),
         Ready::Estimate | Ready::Path(_) => Show::objective(),
     };
-    let subject = |row, tokens| {
-        let terms = (lane, ctx.clone());
-        Subject::new(handle.clone(), (row, tokens), objective.clone(), terms)
-    };
-    let source_value = match clean {
-        Some(clean) => {
-            let mut subject = subject(clean.group, clean.tokens);
-            Some(value(&mut subject, &plain).await?.0)
-        }
-        None => None,
-    };
     let mut subject = subject(prepared.group, prepared.tokens.clone());
-    subject.spent.timings.tokenize = prepared.tokenize;
+    subject.spent = spent;
+    subject.spent.timings.tokenize += prepared.tokenize;
     let (value, late, estimated) = if matches!(way, Ready::Estimate) {
         // One run gives the number and its gradients.
         subject.plan(rows);
@@ -341,37 +344,48 @@ fn edits(sweep: &Sweep) -> Vec<Edit> {
     sweep.hooks.iter().map(edit).collect()
 }
 
-/// What is patched from, with the continuation that the target asks for.
-fn sources(sweep: &Sweep, clean: Option<&input::Prepared>) -> BTreeMap<String, Source> {
-    let (Change::Patch(given), Some(clean)) = (&sweep.change, clean) else {
-        return BTreeMap::new();
-    };
-    let input = if matches!(sweep.target.of, Terms::Continuation(_)) {
-        Input::Tokens {
-            ids: clean.tokens.iter().map(|t| t.id).collect(),
-            type_ids: Vec::new(),
-        }
-    } else {
-        given.clone()
-    };
-    let source = Source {
-        input,
-        edits: Vec::new(),
-    };
-    [(SOURCE.to_owned(), source)].into()
-}
-
 /// Fields of the edit are those of the request; those of its operation have names of their own there.
 fn of_request(error: EngineError) -> EngineError {
     let EngineError::InvalidArgument { field, message } = error else {
         return error;
     };
-    let field = if field.starts_with("interchange") || field.contains("sources[") {
-        "patch".to_owned()
-    } else {
-        field
+    let field = match field.starts_with("interchange") {
+        true => "patch".to_owned(),
+        false => field,
     };
     EngineError::InvalidArgument { field, message }
+}
+
+/// The number for a source, and what stands at hook points in its run. Sources of sweeps of other layers are run by the same variant.
+async fn seen(subject: &mut Subject, hooks: BTreeSet<String>) -> Result<(f64, Run), EngineError> {
+    let all = of_kinds(subject.info(), hooks.iter().map(String::as_str));
+    let show = Show {
+        beside: &all - &hooks,
+        expose: hooks,
+        ..Show::objective()
+    };
+    let (mut value, mut values) = (f64::NAN, BTreeMap::new());
+    subject
+        .run(
+            &show,
+            (1, 1),
+            |_| Ok(Vec::new()),
+            |_, _, tensors| {
+                value = first(tensors)?;
+                for (at, hook) in (1..).zip(&show.expose) {
+                    let shape = tensors.get(at).map_or(&[][..], Tensor::shape);
+                    let grid = Grid {
+                        shape: shape.to_vec(),
+                        values: floats(tensors, at)?,
+                    };
+                    values.insert(hook.clone(), grid);
+                }
+                Ok(())
+            },
+        )
+        .await?;
+    let length = subject.row.length;
+    Ok((finite_number(value)?, Run { values, length }))
 }
 
 /// The number for the row as it is, and what the show exposes, if it does.
