@@ -1034,9 +1034,10 @@ async fn long_work_tells_how_far_it_is_and_ends_when_it_is_left() {
         .await
         .unwrap()
         .into_inner();
-    let (mut told, mut planned) = (Vec::new(), 0);
+    let (mut told, mut planned) = (Vec::<pb::AttributionProgress>::new(), 0);
     let begun = Instant::now();
-    while told.len() < 2 {
+    // On a busy machine the first of them come before anything can be said.
+    while told.len() < 2 || told.last().is_some_and(|p| p.partial.is_none()) {
         let message = stream.message().await.unwrap().expect("work for minutes");
         match message.item.unwrap() {
             Item::Header(h) => planned = h.cost.unwrap().forward_rows,
@@ -1045,12 +1046,13 @@ async fn long_work_tells_how_far_it_is_and_ends_when_it_is_left() {
         }
         assert!(begun.elapsed() < Duration::from_secs(30));
     }
-    assert!(told[1].rows_done > told[0].rows_done);
+    let last = told.pop().unwrap();
+    assert!(last.rows_done > told[0].rows_done);
     assert!(
-        planned > 15_000 && told[1].rows_planned > planned,
+        planned > 15_000 && last.rows_planned > planned,
         "the row itself, too"
     );
-    let partial = told[1].partial.as_ref().unwrap();
+    let partial = last.partial.unwrap();
     assert_eq!(partial.shape, [100], "the attribution as it looks now");
     drop(stream);
 

@@ -120,6 +120,8 @@ pub struct Started {
     way: Ready,
     late: Option<Late>,
     estimated: Option<Vec<Vec<f64>>>,
+    /// Parts of each hook point that are run; none for all.
+    chosen: Option<Vec<Vec<usize>>>,
     /// Hook points that are done.
     done: usize,
     /// Estimates and effects of these.
@@ -322,6 +324,7 @@ pub async fn start(
         way,
         late,
         estimated,
+        chosen: None,
         done: 0,
         pairs: Vec::new(),
     })
@@ -342,6 +345,28 @@ fn edits(sweep: &Sweep) -> Vec<Edit> {
         ..Edit::whole(hook, operation.clone())
     };
     sweep.hooks.iter().map(edit).collect()
+}
+
+/// The parts of each hook point among so many of the greatest estimates by magnitude, in their order.
+fn greatest(estimated: &[Vec<f64>], most: usize) -> Vec<Vec<usize>> {
+    // What is no number goes last.
+    let size = |e: f64| if e.is_nan() { -1.0 } else { e.abs() };
+    let of_hook = |(hook, parts): (usize, &Vec<f64>)| {
+        let parts = parts.iter().enumerate();
+        let parts = parts.map(move |(part, e)| (size(*e), hook, part));
+        parts.collect::<Vec<_>>()
+    };
+    let all = estimated.iter().enumerate().flat_map(of_hook);
+    let mut ranked: Vec<(f64, usize, usize)> = all.collect();
+    ranked.sort_by(|(a, ..), (b, ..)| b.total_cmp(a));
+    let mut chosen = vec![Vec::new(); estimated.len()];
+    for (_, hook, part) in ranked.into_iter().take(most) {
+        chosen[hook].push(part);
+    }
+    for parts in &mut chosen {
+        parts.sort_unstable();
+    }
+    chosen
 }
 
 /// Fields of the edit are those of the request; those of its operation have names of their own there.
@@ -440,8 +465,9 @@ impl Started {
         let Some(swept) = self.swept.get(at) else {
             return Ok(None);
         };
-        if matches!(self.way, Ready::Both(..)) && self.estimated.is_none() {
+        if let (Ready::Both(_, most), None) = (&self.way, &self.estimated) {
             let (_, estimated) = estimate::estimates(&mut self.subject, &self.swept).await?;
+            self.chosen = Some(greatest(&estimated, *most));
             self.estimated = Some(estimated);
         }
         let measured = match &self.way {
@@ -469,28 +495,12 @@ impl Started {
         estimate::correlation(self.pairs.iter().map(|(a, b)| (a, b)))
     }
 
-    /// The parts of a hook point that are run.
-    fn chosen(&self, at: usize) -> Vec<usize> {
-        let all = (0..self.swept[at].parts.len()).collect();
-        let (Ready::Both(_, most), Some(estimated)) = (&self.way, &self.estimated) else {
-            return all;
-        };
-        let of_hook = |(hook, parts): (usize, &Vec<f64>)| {
-            let parts = parts.iter().enumerate();
-            // What is no number goes last.
-            let size = |e: f64| if e.is_nan() { -1.0 } else { e.abs() };
-            parts
-                .map(|(part, e)| (size(*e), hook, part))
-                .collect::<Vec<_>>()
-        };
-        let mut ranked: Vec<(f64, usize, usize)> =
-            estimated.iter().enumerate().flat_map(of_hook).collect();
-        ranked.sort_by(|(a, ..), (b, ..)| b.total_cmp(a));
-        let ranked = ranked.into_iter().take(*most);
-        let here = ranked.filter(|(_, hook, _)| *hook == at);
-        let mut chosen: Vec<usize> = here.map(|(.., part)| part).collect();
-        chosen.sort_unstable();
-        chosen
+    /// How many parts of a hook point are run.
+    fn count(&self, at: usize) -> usize {
+        match &self.chosen {
+            Some(chosen) => chosen[at].len(),
+            None => self.swept[at].parts.len(),
+        }
     }
 
     /// What changing each part of a hook point by itself does; NaN for those that are not run.
@@ -499,12 +509,16 @@ impl Started {
             return Err(EngineError::internal("nothing was to be run"));
         };
         let info = self.subject.handle.info().clone();
-        let (swept, chosen) = (&self.swept[at], self.chosen(at));
+        let swept = &self.swept[at];
+        let chosen = match &self.chosen {
+            Some(chosen) => chosen[at].clone(),
+            None => (0..swept.parts.len()).collect(),
+        };
         let late = self.late.as_ref();
         let behind = |at: &usize| late.is_some_and(|l| l.holds(&info, self.swept[*at].name()));
         // Of this hook point and those to come.
         let later = (at..self.swept.len()).filter(behind);
-        let rows: usize = later.map(|at| self.chosen(at).len()).sum();
+        let rows: usize = later.map(|at| self.count(at)).sum();
         let begins_late = behind(&at);
         let late = match &mut self.late {
             Some(late) if begins_late => {
