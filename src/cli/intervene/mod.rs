@@ -51,7 +51,7 @@ pub(super) struct InterveneArgs {
     #[command(flatten)]
     edits: EditArgs,
     /// Labels or tokens to show
-    #[arg(long, value_name = "N", default_value_t = 5)]
+    #[arg(long, value_name = "N", default_value_t = 5, help_heading = "Output")]
     candidates: u32,
     #[command(flatten)]
     texts: TextArgs,

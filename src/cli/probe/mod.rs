@@ -203,7 +203,7 @@ struct ScoreArgs {
     #[command(flatten)]
     edits: EditArgs,
     /// Print JSON
-    #[arg(long)]
+    #[arg(long, help_heading = "Output")]
     json: bool,
     #[command(flatten)]
     target: Target,
