@@ -449,7 +449,7 @@ fn commands(address: SocketAddr, text: &str, layer: usize, head: usize) -> Strin
     format!(
         "  {me} capture {NAME} {quoted} -o demo.npz{server}\n  \
          {me} attribute {NAME} {quoted} --words{server}\n  \
-         {me} sweep {NAME} {quoted} --hooks mlp_post --by dim --method both --most 20{server}\n  \
+         {me} sweep {NAME} {quoted} --hooks post --by dim --method both --most 20{server}\n  \
          {me} inspect {NAME}{server}\n  \
          {me} capture {NAME} {quoted} --hooks post --top-k 5 --by-magnitude{server}\n  \
          grpcurl -plaintext -d {json} {address} introspect.v1.CaptureService/Capture\n"

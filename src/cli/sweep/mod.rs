@@ -37,7 +37,7 @@ Examples:
   The same by gradients, one run forward and backward (attribution patching), and how well that agrees:
     introspectd sweep demo \"A bad film.\" --patch \"A good film.\" --hooks resid_pre --by position --method both
   The 20 neurons that look most important, and what they really do:
-    introspectd sweep demo \"Not bad.\" --hooks mlp_post --by dim --method both --most 20
+    introspectd sweep demo \"Not bad.\" --hooks post --by dim --method both --most 20
   What heads do by the direct path to the queries of a later head (path patching):
     introspectd sweep gpt \"...\" --patch \"...\" --path-to 'q[layer=5;head=1]'
   A page with every number:
