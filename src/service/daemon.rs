@@ -224,7 +224,7 @@ impl Daemon {
         &self.registry
     }
 
-    /// Comes when the first loads have ended, well or not.
+    /// Comes when the first loads have ended, well or not, and readiness and health say so.
     pub async fn settled(&self) {
         // An error means that the daemon ends: nothing more will be loaded.
         let _ = self.settled.clone().wait_for(|done| *done).await;
@@ -427,10 +427,11 @@ impl Life {
 
         tokio::select! {
             () = load(&self.registry, self.only) => {
-                self.loaded.send_replace(true);
                 self.ready.send_replace(true);
                 tell_health(&self.health, ServingStatus::Serving).await;
                 tracing::info!("ready");
+                // Last: who waits for it finds the daemon ready however they ask.
+                self.loaded.send_replace(true);
                 self.shutdown.drain.cancelled().await;
             }
             () = self.shutdown.drain.cancelled() => {}
