@@ -4,7 +4,7 @@ mod cli_support;
 
 use std::fs::File;
 
-use cli_support::{BINARY, fixture, run};
+use cli_support::{fixture, run};
 use ndarray::ArrayD;
 use ndarray_npy::NpzReader;
 use serde_json::Value;
@@ -96,30 +96,4 @@ fn mistakes_are_said() {
     let mean = ["--mean", CORRUPTED, "--mean", "a film", "--divergence"];
     let page = ask(&mean).ok().out;
     assert!(page.contains("divergence of the prediction"), "{page}");
-}
-
-#[test]
-fn the_examples_of_the_help_run() {
-    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/demo-model");
-    let folder = tempfile::tempdir().unwrap();
-    std::fs::write(
-        folder.path().join("texts.txt"),
-        "a fine film\na dull story\n",
-    )
-    .unwrap();
-    let help = run(&["sweep", "--help"]).ok().out;
-    let mut count = 0;
-    for line in help.lines().map(str::trim) {
-        let Some(arguments) = line.strip_prefix("introspectd sweep demo ") else {
-            continue;
-        };
-        let done = std::process::Command::new("sh")
-            .args(["-c", &format!("'{BINARY}' sweep '{model}' {arguments}")])
-            .current_dir(folder.path())
-            .output()
-            .unwrap();
-        assert!(done.status.success(), "{line}: {done:?}");
-        count += 1;
-    }
-    assert!(count > 3, "{help}");
 }

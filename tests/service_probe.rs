@@ -459,7 +459,7 @@ async fn probes_leave_and_come_as_files_and_as_plain_weights() {
         .import_probe(import("copy", from.clone(), false))
         .await
         .unwrap_err();
-    assert_eq!(refused.code(), Code::FailedPrecondition, "{refused}");
+    assert_eq!(refused.code(), Code::AlreadyExists, "{refused}");
     client
         .import_probe(import("copy", from, true))
         .await
@@ -620,13 +620,13 @@ async fn mistakes_are_named_and_nothing_is_stored() {
         ),
         (
             (header("x"), one_class),
-            Code::FailedPrecondition,
-            "1 classes",
+            Code::InvalidArgument,
+            "examples: have one class",
         ),
         (
             (header("x"), Vec::new()),
-            Code::FailedPrecondition,
-            "no examples",
+            Code::InvalidArgument,
+            "examples: there are none",
         ),
         (fits(header("../up")), Code::InvalidArgument, "header.name"),
         (
@@ -683,8 +683,8 @@ async fn mistakes_are_named_and_nothing_is_stored() {
                 }),
                 ..header("x")
             }),
-            Code::FailedPrecondition,
-            "numbers",
+            Code::InvalidArgument,
+            "examples[0].label",
         ),
     ] {
         let error = train(&d, header, examples).await.unwrap_err();
@@ -733,8 +733,8 @@ async fn mistakes_are_named_and_nothing_is_stored() {
                 }],
                 ..scoring("praise", "x")
             },
-            Code::FailedPrecondition,
-            "hidden_states.77",
+            Code::InvalidArgument,
+            "probes[0].hook",
         ),
         (
             pb::ScoreRequest {

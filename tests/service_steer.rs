@@ -414,18 +414,18 @@ async fn what_cannot_be_unjudged_names_its_field() {
         ),
         (
             (header(model), examples()[..2].to_vec()),
-            Code::FailedPrecondition,
+            Code::InvalidArgument,
             "same class",
         ),
         (
             changed(|h| h.labels.push("neither".to_owned())),
-            Code::FailedPrecondition,
+            Code::InvalidArgument,
             "two classes",
         ),
         (
             (header(model), Vec::new()),
-            Code::FailedPrecondition,
-            "no examples",
+            Code::InvalidArgument,
+            "examples: there are none",
         ),
     ] {
         let error = train(&d, header, examples).await.unwrap_err();

@@ -6,6 +6,7 @@ use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
 use super::out::clean;
+use crate::service::status::name;
 
 /// Why a command failed.
 #[derive(Debug)]
@@ -128,9 +129,9 @@ fn refused(status: &Status) -> String {
 /// What to do about a code, where the message alone may leave people helpless.
 fn advice(code: Code) -> Option<&'static str> {
     match code {
-        Code::NotFound => {
-            Some("`introspectd models list` shows what there is; `--rescan` looks again")
-        }
+        Code::NotFound => Some(
+            "`introspectd models list` and `introspectd probe list` show what there is; `models list --rescan` looks again",
+        ),
         Code::FailedPrecondition => Some(
             "`introspectd models list` shows states, `introspectd inspect MODEL` what a model has and lacks",
         ),
@@ -151,29 +152,6 @@ fn advice(code: Code) -> Option<&'static str> {
         | Code::Aborted
         | Code::OutOfRange
         | Code::Unauthenticated => None,
-    }
-}
-
-/// A code as the specification of gRPC spells it.
-pub(super) fn name(code: Code) -> &'static str {
-    match code {
-        Code::Ok => "OK",
-        Code::Cancelled => "CANCELLED",
-        Code::Unknown => "UNKNOWN",
-        Code::InvalidArgument => "INVALID_ARGUMENT",
-        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
-        Code::NotFound => "NOT_FOUND",
-        Code::AlreadyExists => "ALREADY_EXISTS",
-        Code::PermissionDenied => "PERMISSION_DENIED",
-        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
-        Code::FailedPrecondition => "FAILED_PRECONDITION",
-        Code::Aborted => "ABORTED",
-        Code::OutOfRange => "OUT_OF_RANGE",
-        Code::Unimplemented => "UNIMPLEMENTED",
-        Code::Internal => "INTERNAL",
-        Code::Unavailable => "UNAVAILABLE",
-        Code::DataLoss => "DATA_LOSS",
-        Code::Unauthenticated => "UNAUTHENTICATED",
     }
 }
 

@@ -29,6 +29,12 @@ pub enum EngineError {
         /// What was looked for.
         message: String,
     },
+    /// Something of this name is there already.
+    #[error("{message}")]
+    AlreadyExists {
+        /// What is there, and what to do.
+        message: String,
+    },
     /// The model lacks the part, or is not in a state to be asked.
     #[error("{message}")]
     FailedPrecondition {
@@ -91,6 +97,7 @@ impl EngineError {
                 message,
             },
             Self::NotFound { .. }
+            | Self::AlreadyExists { .. }
             | Self::FailedPrecondition { .. }
             | Self::ResourceExhausted { .. }
             | Self::Unavailable { .. }
@@ -113,6 +120,13 @@ impl EngineError {
     /// Something that does not exist.
     pub fn not_found(message: impl AsRef<str>) -> Self {
         Self::NotFound {
+            message: clean(message.as_ref()),
+        }
+    }
+
+    /// Something that is there already.
+    pub fn already_exists(message: impl AsRef<str>) -> Self {
+        Self::AlreadyExists {
             message: clean(message.as_ref()),
         }
     }

@@ -301,6 +301,7 @@ pub(super) fn outcome(error: &EngineError) -> Outcome {
         EngineError::ResourceExhausted { .. } => Outcome::Shed,
         EngineError::InvalidArgument { .. }
         | EngineError::NotFound { .. }
+        | EngineError::AlreadyExists { .. }
         | EngineError::FailedPrecondition { .. }
         | EngineError::Unavailable { .. }
         | EngineError::DataLoss { .. }

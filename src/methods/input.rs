@@ -207,6 +207,7 @@ pub fn at_field(error: EngineError, input: &str) -> EngineError {
             message,
         },
         EngineError::NotFound { .. }
+        | EngineError::AlreadyExists { .. }
         | EngineError::FailedPrecondition { .. }
         | EngineError::ResourceExhausted { .. }
         | EngineError::Unavailable { .. }

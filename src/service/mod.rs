@@ -28,7 +28,7 @@ mod listener;
 pub(crate) mod messages;
 mod models;
 mod probe;
-mod status;
+pub(crate) mod status;
 mod teller;
 mod to_proto;
 mod watched;

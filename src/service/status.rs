@@ -3,7 +3,8 @@
 //! | error | code | reason |
 //! |---|---|---|
 //! | a field that is wrong | INVALID_ARGUMENT, `BadRequest` | `BAD_FIELD` |
-//! | no such model | NOT_FOUND | `NOT_FOUND` |
+//! | no such model, no such probe | NOT_FOUND | `NOT_FOUND` |
+//! | a probe of the name is there | ALREADY_EXISTS | `ALREADY_EXISTS` |
 //! | the model lacks it, or is not loaded | FAILED_PRECONDITION | `MODEL_LACKS_IT` |
 //! | a bound was met | RESOURCE_EXHAUSTED, `RetryInfo` when a retry helps | `LIMIT_REACHED` |
 //! | loading, restarting, draining | UNAVAILABLE, `RetryInfo` | `NOT_SERVING` |
@@ -47,6 +48,7 @@ fn entry(error: &EngineError) -> Entry<'_> {
             ..plain(Code::InvalidArgument, "BAD_FIELD")
         },
         EngineError::NotFound { .. } => plain(Code::NotFound, "NOT_FOUND"),
+        EngineError::AlreadyExists { .. } => plain(Code::AlreadyExists, "ALREADY_EXISTS"),
         EngineError::FailedPrecondition { .. } => plain(Code::FailedPrecondition, "MODEL_LACKS_IT"),
         EngineError::ResourceExhausted { retry_after, .. } => Entry {
             retry_after: *retry_after,
@@ -105,8 +107,8 @@ pub(super) fn failure(error: &EngineError) -> pb::Failure {
     }
 }
 
-/// The name of a code in metrics and logs.
-pub(super) fn name(code: Code) -> &'static str {
+/// A code as the specification of gRPC spells it.
+pub(crate) fn name(code: Code) -> &'static str {
     match code {
         Code::Ok => "OK",
         Code::Cancelled => "CANCELLED",

@@ -26,6 +26,11 @@ pub(crate) fn fixture(name: &str) -> PathBuf {
         .join(name)
 }
 
+/// The folder of the model that is part of the binary.
+pub(crate) fn demo() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/demo-model")
+}
+
 /// What a run of the binary left.
 #[derive(Debug)]
 pub(crate) struct Ran {
@@ -80,11 +85,17 @@ pub(crate) fn run(args: &[&str]) -> Ran {
 
 /// A repository with copies of these fixtures.
 pub(crate) fn repository(models: &[&str]) -> TempDir {
+    let models: Vec<_> = models.iter().map(|name| (*name, fixture(name))).collect();
+    repository_of(&models)
+}
+
+/// A repository with copies of these folders, by the names that they get.
+fn repository_of(models: &[(&str, PathBuf)]) -> TempDir {
     let root = tempfile::tempdir().unwrap();
-    for name in models {
+    for (name, from) in models {
         let folder = root.path().join(name);
         fs::create_dir(&folder).unwrap();
-        for entry in fs::read_dir(fixture(name)).unwrap() {
+        for entry in fs::read_dir(from).unwrap() {
             let entry = entry.unwrap();
             fs::copy(entry.path(), folder.join(entry.file_name())).unwrap();
         }
@@ -101,7 +112,15 @@ pub(crate) struct Server {
 
 impl Server {
     pub(crate) async fn with(models: &[&str]) -> Self {
-        let root = repository(models);
+        Self::over(repository(models)).await
+    }
+
+    /// One that serves these folders by these names.
+    pub(crate) async fn of(models: &[(&str, PathBuf)]) -> Self {
+        Self::over(repository_of(models)).await
+    }
+
+    async fn over(root: TempDir) -> Self {
         let config = Config::resolve(&Flags {
             models: Some(root.path().display().to_string()),
             listen: Some("127.0.0.1:0".into()),

@@ -32,8 +32,8 @@ Examples:
     introspectd intervene demo \"Not bad.\" --edit 'z[layer=3;head=1] mean' --mean-file texts.txt
     introspectd intervene demo \"Not bad.\" --edit 'resid_post[layer=3] add mood.npz 3'
   Steered along a stored probe's direction; and with that direction gone:
-    introspectd intervene bert \"Some text\" --edit 'resid_post[layer=4] add probe:sentiment 3'
-    introspectd intervene bert \"Some text\" --edit 'resid_post[layer=4] project-out probe:sentiment'
+    introspectd intervene bert \"Some text\" --edit 'resid_post[layer=3] add probe:sentiment 3'
+    introspectd intervene bert \"Some text\" --edit 'resid_post[layer=3] project-out probe:sentiment'
   Directions of your own from texts that differ in one thing: see `introspectd steer --help`.
 Keys: layer, head, pos (negative ones from the end), key (of attentions), dim (neurons, dimensions). Operations: zero, mean (over --mean and
 --mean-file), scale N, set N|FILE.npz, add N|FILE.npz|probe:NAME [N], noise DEVIATION [SEED], clamp LOW HIGH, interchange [POS,...]

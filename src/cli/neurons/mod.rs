@@ -47,7 +47,7 @@ Examples:
     introspectd neurons bert --text-file good.txt --contrast bad.txt --top 10 -o contrast.html
   One neuron, layer 3, index 17; another hook point:
     introspectd neurons bert --text-file corpus.txt --neuron 3.17 --examples 20 --json
-    introspectd neurons bert --text-file corpus.txt --hook resid_post --layers 4
+    introspectd neurons bert --text-file corpus.txt --hook resid_post --layers 3
   The numbers of every neuron, for numpy:
     introspectd neurons bert --text-file corpus.txt --all -o neurons.npz";
 

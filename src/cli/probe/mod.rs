@@ -48,8 +48,8 @@ Examples:
     introspectd probe list
     introspectd probe show bert sentiment
     introspectd probe export bert sentiment --to ./sentiment
-    introspectd probe import bert sentiment --from ./sentiment
-    introspectd probe delete bert sentiment
+    introspectd probe import bert sentiment --from ./sentiment --replace
+    introspectd probe delete bert words
   One of scikit-learn's, after json.dump({\"hook\": \"hidden_states.3\", \"pooling\": \"mean\", \"labels\": clf.classes_.tolist(),
   \"weight\": clf.coef_.tolist(), \"bias\": clf.intercept_.tolist()}, file), of hidden states that `capture` or PyTorch gave:
     introspectd probe import bert mine --linear weights.json";

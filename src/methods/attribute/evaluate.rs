@@ -102,6 +102,7 @@ fn named(error: EngineError, at: usize) -> EngineError {
         }
         EngineError::InvalidArgument { .. }
         | EngineError::NotFound { .. }
+        | EngineError::AlreadyExists { .. }
         | EngineError::FailedPrecondition { .. }
         | EngineError::ResourceExhausted { .. }
         | EngineError::Unavailable { .. }

@@ -655,6 +655,7 @@ fn beneath_method(error: EngineError, method: &Method) -> EngineError {
             !field.starts_with("input") && !field.starts_with("groups")
         }
         EngineError::NotFound { .. }
+        | EngineError::AlreadyExists { .. }
         | EngineError::FailedPrecondition { .. }
         | EngineError::ResourceExhausted { .. }
         | EngineError::Unavailable { .. }

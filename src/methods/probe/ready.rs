@@ -169,10 +169,13 @@ fn fitting(
     let canonical = info.hook(hook).map_or(hook, |h| h.name.as_str()).to_owned();
     let Some(scorer) = probe.scorers.get(&canonical) else {
         let has: Vec<&str> = probe.scorers.keys().map(String::as_str).collect();
-        return Err(EngineError::precondition(format!(
-            "probe \"{name}\" has no \"{hook}\": it has {}",
-            has.join(", ")
-        )));
+        return Err(EngineError::invalid(
+            "hook",
+            format!(
+                "probe \"{name}\" has no \"{hook}\": it has {}",
+                has.join(", ")
+            ),
+        ));
     };
     reads(info, name, &canonical, scorer)?;
     Ok(Asked {

@@ -240,7 +240,8 @@ impl Store {
     /// Stores a probe under the card's name.
     ///
     /// # Errors
-    /// [`EngineError::FailedPrecondition`] when one is there and is not to be replaced, or the disk does not take it.
+    /// [`EngineError::AlreadyExists`] when one is there and is not to be replaced; [`EngineError::FailedPrecondition`] when the disk does not
+    /// take it.
     pub fn put(
         &self,
         mut card: Card,
@@ -291,10 +292,10 @@ impl Store {
     /// Whether a probe of this name may be stored.
     ///
     /// # Errors
-    /// As [`Store::put`].
+    /// [`EngineError::AlreadyExists`].
     pub fn may_put(&self, name: &str, replace: bool) -> Result<(), EngineError> {
         if !replace && self.folder.join(name).join(CARD).exists() {
-            return Err(EngineError::precondition(format!(
+            return Err(EngineError::already_exists(format!(
                 "there is a probe \"{name}\" already: delete it, choose another name, or ask to replace it"
             )));
         }

@@ -171,6 +171,9 @@ impl Training {
                     "is a class where others are numbers, or the other way round: every example of a training has the same kind of label",
                 ));
             }
+            if let Some(why) = self.asked.how.as_ref().and_then(|how| refusal(how, value)) {
+                return Err(EngineError::invalid("label", why));
+            }
             if let Value::Class(name) = value
                 && !self.asked.labels.is_empty()
                 && !self.asked.labels.contains(name)
@@ -237,7 +240,7 @@ impl Training {
     /// Fits and judges a probe for each hook point, so many at a time; `each` hears of them as they are done. Blocks.
     ///
     /// # Errors
-    /// [`EngineError::FailedPrecondition`] for what the examples lack; [`EngineError::Cancelled`] when asked to stop.
+    /// Of `examples`, for what they lack; [`EngineError::Cancelled`] when asked to stop.
     pub fn fit(
         mut self,
         stop: &AtomicBool,
@@ -285,7 +288,7 @@ impl Training {
             if stopped() {
                 return Err(EngineError::Cancelled);
             }
-            let (report, fitted) = judged.map_err(EngineError::precondition)?;
+            let (report, fitted) = judged.map_err(|why| EngineError::invalid("examples", why))?;
             let report = Report {
                 hook: hook.name.clone(),
                 layer: hook.layer,
@@ -395,6 +398,23 @@ fn of_directions(rows: &Rows) -> Result<(), EngineError> {
     Ok(())
 }
 
+/// Why a kind of probe cannot learn a label, if it cannot: told of the first example, before the others are run.
+fn refusal(how: &How, label: &Value) -> Option<&'static str> {
+    match (how, label) {
+        (How::Ridge { .. }, Value::Class(_)) => {
+            Some("is a class, and ridge regression is for numbers: train logistic regression")
+        }
+        (How::Logistic { .. } | How::Mlp { .. } | How::MeanDifference, Value::Number(_)) => {
+            Some("is a number, and this kind of probe is for classes: train ridge regression")
+        }
+        (How::Ridge { .. } | How::Pca, Value::Number(_))
+        | (
+            How::Logistic { .. } | How::Mlp { .. } | How::MeanDifference | How::Pca,
+            Value::Class(_),
+        ) => None,
+    }
+}
+
 /// The hook point that does best; of equal ones the first.
 pub(super) fn best(reports: &[Report]) -> String {
     let best = reports
@@ -469,8 +489,9 @@ fn targets(asked: &Asked, labels: &[Value]) -> Result<(Targets, Vec<String>), En
         }
     }
     if labels.is_empty() {
-        return Err(EngineError::precondition(
-            "there are no examples: send some after the header",
+        return Err(EngineError::invalid(
+            "examples",
+            "there are none: send some after the header",
         ));
     }
     if seen.is_empty() {
@@ -482,10 +503,14 @@ fn targets(asked: &Asked, labels: &[Value]) -> Result<(Targets, Vec<String>), En
         asked.labels.clone()
     };
     if !(2..=MOST_CLASSES).contains(&names.len()) {
-        return Err(EngineError::precondition(format!(
-            "the examples have {} classes: a probe tells 2 to {MOST_CLASSES} apart",
-            names.len()
-        )));
+        let classes = match &names[..] {
+            [only] => format!("one class, \"{only}\""),
+            more => format!("{} classes", more.len()),
+        };
+        return Err(EngineError::invalid(
+            "examples",
+            format!("have {classes}: a probe tells 2 to {MOST_CLASSES} apart"),
+        ));
     }
     let index: BTreeMap<&str, usize> = names
         .iter()

@@ -171,8 +171,8 @@ impl State {
         let handle = self
             .registry
             .get(&crate::service::from_proto::named(request.model.clone())?)?;
-        let field = |_| "target.probe.probe".to_owned();
-        let found = self.asked(&handle, vec![named], field).await?;
+        let placed = |e: EngineError, _| e.beneath("target.probe.probe");
+        let found = self.asked(&handle, vec![named], placed).await?;
         let [probe] = &found[..] else {
             return Err(EngineError::internal("one probe was asked for"));
         };

@@ -197,6 +197,7 @@ pub(super) fn at_inputs(error: EngineError, request: &pb::ModelInferRequest) -> 
             .position(|i| field.ends_with(&format!(".{}", i.name)))
             .map_or_else(|| "inputs".to_owned(), |at| format!("inputs[{at}]")),
         EngineError::NotFound { .. }
+        | EngineError::AlreadyExists { .. }
         | EngineError::FailedPrecondition { .. }
         | EngineError::ResourceExhausted { .. }
         | EngineError::Unavailable { .. }

@@ -165,7 +165,7 @@ impl State {
             hook: named.hook,
             force: named.force,
         };
-        let found = self.asked(handle, vec![reference], |_| "name".to_owned());
+        let found = self.asked(handle, vec![reference], |e, _| e);
         let found = found.await?;
         let [probe] = &found[..] else {
             return Err(EngineError::internal("one probe was asked for"));

@@ -233,7 +233,9 @@ impl State {
         let intervention = request.intervention.clone();
         let question = from_proto::score(request)?;
         let asked = self
-            .asked(handle, question.probes, |at| format!("probes[{at}]"))
+            .asked(handle, question.probes, |e, at| {
+                e.beneath(&format!("probes[{at}]"))
+            })
             .await?;
         let wanted = Wanted {
             per_token: question.per_token,
@@ -252,17 +254,18 @@ impl State {
         }
     }
 
-    /// The probes that a score names. Their files may have to be looked at, which is no work for the serving threads.
+    /// The probes that a score names; `placed` puts the field of an error beneath that of the probe. Their files may have to be looked at,
+    /// which is no work for the serving threads.
     pub(super) async fn asked(
         &self,
         handle: &ModelHandle,
         references: Vec<pb::ProbeReference>,
-        field: fn(usize) -> String,
+        placed: fn(EngineError, usize) -> EngineError,
     ) -> Result<Vec<score::Asked>, EngineError> {
         let info = handle.info().clone();
         let at_hand = references.iter().enumerate().map(|(at, r)| {
             let found = self.probes.at_hand(&info, (&r.name, &r.hook, r.force));
-            found.map(|f| f.map_err(|e| e.beneath(&field(at))))
+            found.map(|f| f.map_err(|e| placed(e, at)))
         });
         if let Some(found) = at_hand.collect::<Option<Result<_, _>>>() {
             return found;
@@ -273,7 +276,7 @@ impl State {
             named
                 .map(|(at, r)| {
                     let found = probes.asked(&store, &info, (&r.name, &r.hook, r.force));
-                    found.map_err(|e| e.beneath(&field(at)))
+                    found.map_err(|e| placed(e, at))
                 })
                 .collect()
         });
