@@ -70,15 +70,23 @@ pub(in crate::cli) struct OtherArgs {
 impl OtherArgs {
     /// The input, if one of these was given.
     pub(in crate::cli) fn input(&self) -> Result<Option<Input>, CliError> {
-        let kind = match &self.inputs {
-            Some(path) => Kind::Tensors(inputs::read(path)?),
-            None if !self.ids.is_empty() => Kind::Tokens(TokenIds {
-                ids: self.ids.clone(),
-                type_ids: Vec::new(),
+        Ok(match &self.inputs {
+            Some(path) => Some(Input {
+                kind: Some(Kind::Tensors(inputs::read(path)?)),
             }),
-            None => return Ok(None),
-        };
-        Ok(Some(Input { kind: Some(kind) }))
+            None => (!self.ids.is_empty()).then(|| of_ids(&self.ids)),
+        })
+    }
+}
+
+/// Token ids as an input.
+pub(in crate::cli) fn of_ids(ids: &[u32]) -> Input {
+    let tokens = TokenIds {
+        ids: ids.to_vec(),
+        type_ids: Vec::new(),
+    };
+    Input {
+        kind: Some(Kind::Tokens(tokens)),
     }
 }
 

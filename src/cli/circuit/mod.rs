@@ -17,7 +17,7 @@ use super::{
     attribute::TargetArgs,
     capture::{
         Kind,
-        select::{OtherArgs, TextArgs},
+        select::{OtherArgs, TextArgs, of_ids},
     },
     client::{Session, Target},
     error::CliError,
@@ -116,12 +116,7 @@ pub(super) async fn run(args: &CircuitArgs) -> Result<(), CliError> {
     };
     let source = match &args.source {
         Some(text) => args.texts.input(text),
-        None => pb::Input {
-            kind: Some(pb::input::Kind::Tokens(pb::TokenIds {
-                ids: args.source_ids.clone(),
-                type_ids: Vec::new(),
-            })),
-        },
+        None => of_ids(&args.source_ids),
     };
     let target = args.question.target()?;
     let (session, model) = Session::for_model(&args.target, &args.model).await?;

@@ -5,7 +5,7 @@ use std::{fs::File, io::BufRead as _, io::BufReader, path::Path};
 use serde_json::Value;
 
 use crate::{
-    cli::error::CliError,
+    cli::{capture::select::of_ids, error::CliError},
     service::wire::introspect::{self as pb, example::Of},
 };
 
@@ -180,12 +180,7 @@ fn input(object: &Value, text: &str) -> Result<pb::Input, String> {
     if let Value::Array(ids) = &object["ids"] {
         let id = |id: &Value| id.as_u64().and_then(|id| u32::try_from(id).ok());
         let ids: Option<Vec<u32>> = ids.iter().map(id).collect();
-        return Ok(pb::Input {
-            kind: Some(pb::input::Kind::Tokens(pb::TokenIds {
-                ids: ids.ok_or("\"ids\" are not all ids of tokens")?,
-                ..pb::TokenIds::default()
-            })),
-        });
+        return Ok(of_ids(&ids.ok_or("\"ids\" are not all ids of tokens")?));
     }
     let found = object[text].as_str();
     found

@@ -15,7 +15,7 @@ use super::{
     attribute::TargetArgs,
     capture::{
         Kind,
-        select::{Numbers, OtherArgs, TextArgs, numbers},
+        select::{Numbers, OtherArgs, TextArgs, numbers, of_ids},
     },
     client::{Session, Target},
     error::CliError,
@@ -201,13 +201,7 @@ impl SweepArgs {
             return Ok(Change::Patch(self.texts.input(text)));
         }
         if !self.patch_ids.is_empty() {
-            let tokens = pb::TokenIds {
-                ids: self.patch_ids.clone(),
-                type_ids: Vec::new(),
-            };
-            return Ok(Change::Patch(pb::Input {
-                kind: Some(pb::input::Kind::Tokens(tokens)),
-            }));
+            return Ok(Change::Patch(of_ids(&self.patch_ids)));
         }
         let inputs = self.mean.inputs(&self.texts)?;
         Ok(match inputs.is_empty() {
