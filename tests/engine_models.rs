@@ -271,7 +271,8 @@ async fn a_worker_killed_in_mid_run_is_back_and_the_other_model_does_not_notice(
     let killed = Instant::now();
     kill_process(pid, Signal::SEGV).unwrap();
     let error = victim.await.unwrap().unwrap_err();
-    assert!(killed.elapsed() < Duration::from_secs(1));
+    // By its socket, not by its heartbeats.
+    assert!(killed.elapsed() < Duration::from_secs(3));
     match &error {
         EngineError::WorkerDied { model, cause } => assert_eq!(
             (model.as_str(), cause.as_str()),

@@ -1086,7 +1086,7 @@ async fn long_work_tells_how_far_it_is_and_ends_when_it_is_left() {
     };
     assert_eq!(status.code(), Code::DeadlineExceeded);
     assert!(
-        begun.elapsed() < Duration::from_secs(2),
+        begun.elapsed() < Duration::from_secs(4),
         "{:?}",
         begun.elapsed()
     );

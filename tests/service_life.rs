@@ -149,7 +149,10 @@ async fn a_worker_that_dies_in_a_capture_costs_that_stream_only_and_is_back_soon
         status.message().contains("died") && status.message().contains("SIGSEGV"),
         "{status:?}"
     );
-    assert!(killed.elapsed() < Duration::from_secs(1));
+    assert!(
+        killed.elapsed() < Duration::from_secs(3),
+        "told by its socket, not by its heartbeats"
+    );
     assert!(
         d.capture(small(GPT2)).await.is_ok(),
         "the other model serves on"

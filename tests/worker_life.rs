@@ -114,7 +114,7 @@ async fn a_cancelled_run_ends_between_two_kernels_and_the_variant_serves_on() {
     let took = cancelled.elapsed();
     assert_eq!(kind(&failed), Failure::Cancelled, "{}", failed.message);
     assert!(
-        took < Duration::from_millis(500),
+        took < Duration::from_millis(1500),
         "one kernel takes milliseconds, the end took {took:?}"
     );
     println!("cancelled after {took:?}");
@@ -145,7 +145,7 @@ async fn a_crash_in_mid_run_ends_the_wait_at_once_and_the_signal_is_known() {
     let killed = Instant::now();
     let gone = running.await.unwrap().expect_err("no answer can come");
     assert_eq!(gone.to_string(), "the worker is gone");
-    assert!(killed.elapsed() < Duration::from_secs(1));
+    assert!(killed.elapsed() < Duration::from_secs(3));
     assert_eq!(exit_of(&mut worker.child).await.signal(), Some(11));
     assert!(worker.connection.is_closed());
 }
@@ -164,7 +164,7 @@ async fn a_worker_whose_front_closes_exits_even_in_mid_run() {
     let closed = Instant::now();
     let status = exit_of(&mut worker.child).await;
     assert!(
-        closed.elapsed() < Duration::from_secs(1),
+        closed.elapsed() < Duration::from_secs(3),
         "{:?}",
         closed.elapsed()
     );
