@@ -102,10 +102,10 @@ def _():
 
 @check("errors: one class, a name that is no name, a name that is taken")
 def _():
-    invalid, failed = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION
-    refused(failed, lambda: list(service.Train(training([("a", "same"), ("b", "same")]))))
+    invalid, taken = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.ALREADY_EXISTS
+    refused(invalid, lambda: list(service.Train(training([("a", "same"), ("b", "same")]))))
     refused(invalid, lambda: list(service.Train(training(LINES, name="../up"))))
-    refused(failed, lambda: list(service.Train(training(LINES, name="praise"))))
+    refused(taken, lambda: list(service.Train(training(LINES, name="praise"))))
 
 
 @check("DeleteProbe: it is gone")
