@@ -7,6 +7,8 @@ const DECREASE: f64 = 1e-4;
 const CURVATURE: f64 = 0.9;
 /// Trials of a line search.
 const TRIALS: usize = 40;
+/// Of a value, what rounding may hide: nearer than that to the end, the slope tells of a decrease (Hager and Zhang 2005).
+const HIDDEN: f64 = 8.0 * f64::EPSILON;
 
 /// Vectors of the length of the point that a minimisation holds at its most.
 pub const VECTORS: usize = 2 * MEMORY + 8;
@@ -137,10 +139,13 @@ impl Line<'_> {
                 .collect();
             let mut gradient = vec![0.0; at.len()];
             let value = f(&at, &mut gradient);
-            let low_enough = value <= self.value + DECREASE * step * self.slope;
+            let along = dot(&gradient, self.direction);
+            let hidden = (value - self.value).abs() <= HIDDEN * self.value.abs()
+                && along.abs() <= -CURVATURE * self.slope;
+            let low_enough = hidden || value <= self.value + DECREASE * step * self.slope;
             if !low_enough || !value.is_finite() {
                 high = step;
-            } else if dot(&gradient, self.direction) < CURVATURE * self.slope {
+            } else if along < CURVATURE * self.slope {
                 low = step;
                 best = Some((at, value, gradient));
             } else {
