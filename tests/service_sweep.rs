@@ -418,6 +418,28 @@ async fn a_path_is_patched_as_nested_sources_patch_it() {
     d.stop().await;
 }
 
+/// What leaves a layer enters the next one: the value has two names, and is told by the one that was asked for.
+#[tokio::test(flavor = "multi_thread")]
+async fn hook_points_come_under_the_names_that_were_asked_for() {
+    let model = "gpt2.legacy14";
+    let d = TestDaemon::with(&[model]).await;
+    for kind in ["hook_resid_pre", "hook_resid_post"] {
+        let asked = sweep(model, kind, &[pb::SweepAxis::Position], patched(&OTHER));
+        let found = swept(&d, asked.clone()).await.unwrap();
+        let names = [0, 1, 2].map(|layer| format!("blocks.{layer}.{kind}"));
+        assert_eq!(found.header.hooks, names);
+        assert!(found.tensors.contains_key(&format!("effects:{}", names[1])));
+        let of_one = pb::SweepRequest {
+            layers: vec![1],
+            ..asked
+        };
+        let of_one = swept(&d, of_one).await.unwrap();
+        assert_eq!(of_one.header.hooks, names[1..2]);
+        assert_eq!(of_one.of("effects", &names[1]).len(), IDS.len());
+    }
+    d.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn bad_sweeps_name_their_field() {
     use pb::sweep_request::Change;

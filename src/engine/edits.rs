@@ -36,6 +36,14 @@ impl Edits {
         }
     }
 
+    /// The same stages with operands that change nothing.
+    pub(super) fn neutral(&self) -> Self {
+        Self {
+            stages: self.stages.clone(),
+            inputs: Vec::new(),
+        }
+    }
+
     /// Whether nothing is edited.
     pub fn is_empty(&self) -> bool {
         self.stages.is_empty()

@@ -66,6 +66,17 @@ impl ModelHandle {
         }
     }
 
+    /// The model as it is, run by the graph that edits it: what the edited model answers differs from that by the edits alone, and not by what
+    /// a runtime makes of another graph.
+    #[must_use]
+    pub fn unchanged(&self) -> Self {
+        let edits = self.edits.as_ref().map(|e| Arc::new(e.neutral()));
+        Self {
+            edits,
+            ..self.clone()
+        }
+    }
+
     /// Whether hook points are edited in every row.
     pub fn is_edited(&self) -> bool {
         self.edits.is_some()

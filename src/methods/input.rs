@@ -8,7 +8,7 @@ use crate::{
     engine::{
         Ctx, Encoding, EngineError, ModelHandle, NamedTensor, RowGroup, TextInput, TokenizeOptions,
     },
-    ipc::info::{InputInfo, InputRole, ModelInfo},
+    ipc::info::{Axis, InputInfo, InputRole, ModelInfo},
     tensor::{DType, Tensor},
 };
 
@@ -319,7 +319,7 @@ fn one_row(info: &ModelInfo, inputs: Vec<NamedTensor>) -> Result<RowGroup, Engin
             .inputs
             .iter()
             .find(|i| i.name == input.name)
-            .is_none_or(|i| i.axes.is_empty() || i.axes[0] == crate::ipc::info::Axis::Batch);
+            .is_none_or(|i| i.axes.is_empty() || i.axes[0] == Axis::Batch);
         if batched && input.tensor.shape().first() != Some(&1) {
             return Err(EngineError::invalid(
                 format!("tensors.tensors[{at}].shape"),
@@ -331,10 +331,19 @@ fn one_row(info: &ModelInfo, inputs: Vec<NamedTensor>) -> Result<RowGroup, Engin
         }
     }
     Ok(RowGroup {
+        length: length(info, &inputs),
         inputs,
         rows: 1,
-        length: None,
         picks: Vec::new(),
+    })
+}
+
+/// Positions of a row, where one of its tensors has them.
+fn length(info: &ModelInfo, inputs: &[NamedTensor]) -> Option<usize> {
+    inputs.iter().find_map(|given| {
+        let input = info.inputs.iter().find(|i| i.name == given.name)?;
+        let axis = input.axes.iter().position(Axis::is_token)?;
+        given.tensor.shape().get(axis).copied()
     })
 }
 

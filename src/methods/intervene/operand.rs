@@ -191,6 +191,14 @@ pub(super) struct Staged {
 }
 
 impl Staged {
+    /// Whether it changes nothing, whatever stands there.
+    pub(super) fn is_neutral(&self) -> bool {
+        // Which hook point it is at says nothing about its operands.
+        let inputs = self.stage.inputs(0, "");
+        let mut operands = inputs.iter().zip(&self.operands);
+        operands.all(|((_, rest), grid)| grid.values.iter().all(|v| v == rest))
+    }
+
     /// `x * scale + shift`
     pub(super) fn moved(scale: Grid, shift: Grid) -> Self {
         Self {
@@ -245,6 +253,7 @@ mod tests {
     fn site(chosen: Vec<Option<Vec<usize>>>) -> Site {
         Site {
             hook: "blocks.0.attn.hook_z".into(),
+            asked: "blocks.0.attn.hook_z".into(),
             axes: vec![Axis::Pos, Axis::Head, Axis::DHead],
             extents: vec![2, 3, 2],
             chosen,

@@ -158,11 +158,15 @@ impl Resolver<'_> {
         Ok(placed.into_values().collect())
     }
 
-    /// The stages with their operands as inputs of a row.
+    /// The stages with their operands as inputs of a row. What changes nothing is left out, so that it changes no bit either.
     fn operands(&self, staged: BTreeMap<String, Vec<Staged>>) -> Result<Edits, EngineError> {
         let mut stages = BTreeMap::new();
         let mut inputs = Vec::new();
-        for (name, all) in staged {
+        for (name, mut all) in staged {
+            all.retain(|staged| !staged.is_neutral());
+            if all.is_empty() {
+                continue;
+            }
             let hook = self.info.hook(&name);
             let dtype = hook
                 .map(|h| h.dtype)

@@ -17,6 +17,8 @@ use crate::{
 pub(super) struct Site {
     /// Canonical name.
     pub(super) hook: String,
+    /// The name that was asked for, where the value has two: what leaves a layer enters the next.
+    pub(super) asked: String,
     /// Axes behind the batch.
     pub(super) axes: Vec<Axis>,
     /// Extents of the row.
@@ -87,8 +89,11 @@ pub(super) fn sites(
         let first = info.hooks.iter().find(same).unwrap_or(hook);
         let layer = hook.layer.and_then(|l| u32::try_from(l).ok());
         if edit.layers.is_empty() || layer.is_some_and(|l| edit.layers.contains(&l)) {
-            let site = site(info, first, edit, tokens, length)?;
-            if !sites.contains(&site) {
+            let site = Site {
+                asked: hook.name.clone(),
+                ..site(info, first, edit, tokens, length)?
+            };
+            if !sites.iter().any(|s: &Site| s.hook == site.hook) {
                 sites.push(site);
             }
         }
@@ -201,6 +206,7 @@ fn site(
     )?;
     Ok(Site {
         hook: name.clone(),
+        asked: name.clone(),
         axes: axes.to_vec(),
         extents,
         chosen,

@@ -211,7 +211,8 @@ impl State {
                 .edited(&handle, request.intervention, &question.input, (lane, ctx))
                 .await?;
             let candidates = question.selection.candidates;
-            let original = capture::start(&handle, question.clone(), terms, ctx).await?;
+            let original = edited.unchanged();
+            let original = capture::start(&original, question.clone(), terms, ctx).await?;
             let modified = capture::start(&edited, question, terms, ctx).await?;
             Ok((original, modified, candidates))
         };

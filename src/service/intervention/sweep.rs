@@ -198,7 +198,7 @@ fn header(started: &Started) -> pb::SweepHeader {
         terms: started.objective.terms.iter().map(term).collect(),
         value: started.value,
         source_value: started.source_value,
-        hooks: started.swept.iter().map(|s| s.name().to_owned()).collect(),
+        hooks: started.swept.iter().map(|s| s.asked().to_owned()).collect(),
         rows: started.rows as u64,
     }
 }
@@ -251,7 +251,7 @@ fn tensors(started: &Started, at: usize, effects: &Effects) -> Result<Vec<Messag
     for (what, values) in all {
         if let Some(values) = values {
             let tensor = floats(swept.shape(), values)?;
-            let name = format!("{what}:{}", swept.name());
+            let name = format!("{what}:{}", swept.asked());
             messages.extend(Pieces::new(name, swept.axes(), tensor).map(Message::Tensor));
         }
     }

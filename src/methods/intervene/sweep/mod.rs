@@ -137,9 +137,14 @@ pub struct Swept {
 }
 
 impl Swept {
-    /// Canonical name.
+    /// Canonical name of the value that is changed.
     pub fn name(&self) -> &str {
         &self.parts.site.hook
+    }
+
+    /// The name that was asked for.
+    pub fn asked(&self) -> &str {
+        &self.parts.site.asked
     }
 
     /// Names of the axes that are swept over.

@@ -150,6 +150,7 @@ mod tests {
     fn site() -> Site {
         Site {
             hook: "blocks.0.attn.hook_z".into(),
+            asked: "blocks.0.attn.hook_z".into(),
             axes: vec![Axis::Pos, Axis::Head, Axis::DHead],
             extents: vec![2, 3, 1],
             chosen: vec![None; 3],
