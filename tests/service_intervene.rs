@@ -578,6 +578,20 @@ async fn bad_edits_name_their_field() {
             "intervention.edits[0].clamp",
         ),
         (
+            edits(vec![edit(stream, Op::Clamp(pb::Clamp::default()))]),
+            "intervention.edits[0].clamp",
+        ),
+        (
+            edits(vec![edit(
+                stream,
+                Op::Noise(pb::Noise {
+                    deviation: -1.0,
+                    seed: 1,
+                }),
+            )]),
+            "intervention.edits[0].noise.deviation",
+        ),
+        (
             edits(vec![edit(stream, Op::Mean(pb::Mean::default()))]),
             "intervention.edits[0].mean.inputs",
         ),

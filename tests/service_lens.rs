@@ -7,10 +7,13 @@ mod daemon;
 #[path = "support/lens.rs"]
 mod lens_support;
 
-use std::{collections::BTreeMap, fs};
+use std::{collections::BTreeMap, fs, path::Path};
 
 use daemon::{TestDaemon, hooks, ids, request as captured};
-use introspectd::service::wire::introspect as pb;
+use introspectd::{
+    onnx::{Attribute, Folder, Limits, Model, Patch, Weights},
+    service::wire::introspect as pb,
+};
 use lens_support::{Answer, ask, far, tokens};
 use safetensors::{Dtype, tensor::TensorView};
 use tonic::{Code, Status};
@@ -361,6 +364,61 @@ async fn contributions_sum_up_to_the_logit() {
         let answer = ask(&d, request).await.unwrap();
         assert!(!answer.tensors.contains_key("head_contributions"));
     }
+    d.stop().await;
+}
+
+/// The fixture of GPT-2 with a norm behind every output projection, as Gemma 2 has them.
+fn normed(repository: &Path) {
+    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models/gpt2.legacy14");
+    let to = repository.join("normed");
+    fs::create_dir_all(&to).unwrap();
+    for file in ["tokenizer.json", "config.json"] {
+        fs::copy(from.join(file), to.join(file)).unwrap();
+    }
+    let source = Folder::open(&from).unwrap();
+    let model = Model::open(&source, "model.onnx", &Limits::default()).unwrap();
+    let mut patch = Patch::new(&model.graph, "normed");
+    for layer in 0..3 {
+        let name = format!("/model/transformer/h.{layer}/attn/c_proj/Reshape_1_output_0");
+        let value = model.graph.value(&name).expect("the fixture's value");
+        patch.intercept(value, |patch, value| {
+            let square = patch.op("Mul", &[value, value], Vec::new());
+            let axes = vec![Attribute::ints("axes", &[-1])];
+            let mean = patch.op("ReduceMean", &[square], axes);
+            let root = patch.op("Sqrt", &[mean], Vec::new());
+            patch.op("Div", &[value, root], Vec::new())
+        });
+    }
+    let normed = model.with_graph(patch.apply().unwrap());
+    fs::write(to.join("model.onnx"), normed.encode(Weights::Inline)).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_heads_cannot_be_told_apart_components_come_with_a_note() {
+    let repository = tempfile::tempdir().unwrap();
+    normed(repository.path());
+    let d = TestDaemon::over(repository, |_| {}).await;
+    d.daemon.settled().await;
+    let answer = ask(&d, part("normed", pb::LensPart::Attribution))
+        .await
+        .unwrap();
+    assert!(!answer.tensors.contains_key("head_contributions"));
+    assert_eq!(answer.attribution.as_ref().unwrap().components.len(), 7);
+    let notes = &answer.summary.notes;
+    assert!(
+        notes
+            .iter()
+            .any(|n| n.starts_with("no contributions of heads")),
+        "{notes:?}"
+    );
+    let facts = answer.attribution.as_ref().unwrap();
+    let sum: f64 = answer
+        .array("contributions")
+        .values
+        .iter()
+        .map(|c| f64::from(*c))
+        .sum();
+    assert!((sum + facts.bias - facts.value).abs() < REWRITTEN);
     d.stop().await;
 }
 

@@ -286,6 +286,12 @@ impl Resolver<'_> {
             }
             Operation::Noise { deviation, seed } => {
                 finite(*deviation, "noise.deviation")?;
+                if *deviation < 0.0 {
+                    return Err(EngineError::invalid(
+                        "noise.deviation",
+                        format!("is {deviation}: a standard deviation is not negative"),
+                    ));
+                }
                 let mut draws = Draws::new(*seed);
                 let mut staged = Vec::with_capacity(sites.len());
                 for site in sites {

@@ -137,7 +137,7 @@ pub(in crate::methods) fn layers(info: &ModelInfo) -> Result<Vec<Layer>, EngineE
         else {
             let axes: Vec<&str> = z.axes.iter().map(Axis::name).collect();
             return Err(EngineError::precondition(format!(
-                "\"{}\" has the axes {}: heads cannot be told apart; ask for components alone",
+                "\"{}\" has the axes {}: heads cannot be told apart",
                 z.name,
                 axes.join(", ")
             )));
@@ -152,21 +152,22 @@ pub(in crate::methods) fn layers(info: &ModelInfo) -> Result<Vec<Layer>, EngineE
     }
     if found.is_empty() {
         return Err(EngineError::precondition(format!(
-            "model \"{}\" has no attention whose heads could be told apart: ask for components alone",
+            "model \"{}\" has no attention whose heads could be told apart",
             info.name
         )));
     }
     Ok(found)
 }
 
-/// Rows that heads take beside the one that runs backwards.
+/// Rows that heads take beside the one that runs backwards; none where they cannot be told apart.
 pub(super) fn cost(info: &ModelInfo, stream: &Stream, heads: bool) -> Result<usize, EngineError> {
     components(info, stream)?;
     if !heads {
         return Ok(1);
     }
-    let most = layers(info)?.iter().map(|l| l.heads).max();
-    Ok(2 + most.unwrap_or_default())
+    let heads = |layers: Vec<Layer>| layers.iter().map(|l| l.heads).max();
+    let most = layers(info).map_or(None, heads);
+    Ok(most.map_or(1, |most| 2 + most))
 }
 
 /// What a row shows.
@@ -178,19 +179,37 @@ struct Seen {
     values: BTreeMap<String, Vec<f32>>,
 }
 
-/// Attributes the objective of a row.
+/// What there is of the heads; where they cannot be told apart, a note says why.
+fn told<T>(
+    found: Result<T, EngineError>,
+    notes: &mut Vec<String>,
+) -> Result<Option<T>, EngineError> {
+    match found {
+        Ok(found) => Ok(Some(found)),
+        Err(EngineError::FailedPrecondition { message }) => {
+            notes.push(format!("no contributions of heads: {message}"));
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Attributes the objective of a row. Heads that cannot be told apart are left out, with a note.
 ///
 /// # Errors
 /// [`EngineError::FailedPrecondition`] for a model whose stream is no sum; those of the runs.
 pub(super) async fn direct(
     subject: &mut Subject,
     stream: &Stream,
-    heads: bool,
+    (heads, notes): (bool, &mut Vec<String>),
     terms: Terms,
 ) -> Result<Direct, EngineError> {
     let info = subject.handle.info().clone();
     let components = components(&info, stream)?;
-    let layers = if heads { layers(&info)? } else { Vec::new() };
+    let layers = match heads {
+        true => told(layers(&info), notes)?.unwrap_or_default(),
+        false => Vec::new(),
+    };
     let mut expose: BTreeSet<String> = components.iter().cloned().collect();
     expose.insert(stream.end().to_owned());
     expose.extend(layers.iter().map(|l| l.z.clone()));
@@ -228,7 +247,7 @@ pub(super) async fn direct(
     let heads = if layers.is_empty() {
         None
     } else {
-        Some(by_head(subject, stream, &layers, &seen).await?)
+        told(by_head(subject, stream, &layers, &seen).await, notes)?
     };
     Ok(Direct {
         value: seen.value,
@@ -506,7 +525,7 @@ fn adds_up(
     }
     Err(EngineError::precondition(format!(
         "what the heads of layer {} write is {off:.1e} off \"{}\" where {allowed:.0e} is allowed (a norm behind the output projection?): heads \
-         cannot be told apart; ask for components alone",
+         cannot be told apart",
         layer.number, layer.out
     )))
 }

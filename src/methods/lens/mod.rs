@@ -341,7 +341,8 @@ impl Started {
 
     async fn direct(&mut self, notes: &mut Vec<String>) -> Result<Direct, EngineError> {
         let subject = &mut self.subject;
-        let mut direct = direct::direct(subject, &self.stream, self.heads, self.terms).await?;
+        let mut direct =
+            direct::direct(subject, &self.stream, (self.heads, notes), self.terms).await?;
         if let (Some(head), Some(objective)) = (&self.head, &self.objective) {
             let mut at: Vec<u32> = objective.terms.iter().filter_map(|t| t.position).collect();
             at.dedup();

@@ -154,6 +154,15 @@ fn operation(given: Option<Given>, directions: &Directions) -> Result<Operation>
         Some(Given::ProjectOut(given)) => Operation::ProjectOut(
             vector(Some(given), directions).map_err(|e| e.beneath("project_out"))?,
         ),
+        Some(Given::Clamp(pb::Clamp {
+            low: None,
+            high: None,
+        })) => {
+            return Err(EngineError::invalid(
+                "clamp",
+                "has no bound: give low, high or both",
+            ));
+        }
         Some(Given::Clamp(clamp)) => Operation::Clamp {
             low: clamp.low.unwrap_or(f32::NEG_INFINITY),
             high: clamp.high.unwrap_or(f32::INFINITY),
