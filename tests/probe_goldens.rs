@@ -7,7 +7,8 @@ use std::collections::BTreeMap;
 
 use introspectd::methods::probe::{
     fit::{Fitted, How, Targets, fit},
-    judge::{Judgement, Rows, Split, judge},
+    judge::{Judgement, Rows, judge},
+    split::Split,
 };
 use ndarray::{Array1, Array2, ArrayD, Axis, Ix1, Ix2, s};
 
@@ -72,16 +73,14 @@ fn logistic_regression_is_that_of_scikit_learn() {
         let of = golden.classes(&format!("{name}_y"));
         let classes = of.iter().max().unwrap() + 1;
         let targets = Targets::Classes(of, classes);
-        let split = Split {
-            train: (0..TRAIN).collect(),
-            test: (TRAIN..x.nrows()).collect(),
-        };
+        let all: Vec<usize> = (0..x.nrows()).collect();
+        let split = Split::said(&all[..TRAIN], &all[TRAIN..], &all, 0);
         let types: Vec<u64> = (0..x.nrows() as u64).collect();
         let (report, found) = judge(
             &LOGISTIC,
             &Rows {
-                train: x.slice(s![..TRAIN, ..]).to_owned(),
-                test: x.slice(s![TRAIN.., ..]).to_owned(),
+                train: x.select(Axis(0), &split.train),
+                test: x.select(Axis(0), &split.test),
             },
             (&targets, &types),
             &split,

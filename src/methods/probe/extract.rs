@@ -5,7 +5,7 @@ use crate::{
     ipc::info::{Axis, ModelInfo},
     methods::{
         capture::{self, Captured, Content, Logits, Question, Selection},
-        input::{Input, Token},
+        input::{Input, Prepared, Token},
         reduce::Pooling,
         select::{self, Point},
     },
@@ -43,7 +43,7 @@ pub enum Label {
     Class(String),
     /// A number of the whole input.
     Number(f64),
-    /// Classes of tokens: those whose first byte lies within.
+    /// Classes of tokens: those whose first byte that is no white space lies within.
     Spans(Vec<(std::ops::Range<u32>, String)>),
     /// Classes of tokens by position, negative ones from the end.
     Positions(Vec<(i32, String)>),
@@ -148,6 +148,10 @@ pub async fn extract(
     example: Example,
     ctx: &Ctx,
 ) -> Result<Rows, EngineError> {
+    let text = match &example.input {
+        Input::Text { text, .. } => text.text.clone(),
+        Input::Tokens { .. } | Input::Tensors(_) => String::new(),
+    };
     let of_tokens = match example.label {
         Label::Spans(_) | Label::Positions(_) => true,
         Label::Class(_) | Label::Number(_) => false,
@@ -169,6 +173,7 @@ pub async fn extract(
     };
     let started = capture::start(handle, question, terms, ctx).await?;
     let tokens = started.prepared.tokens.clone();
+    let of = kind(&started.prepared);
     let captured = started.finish(ctx).await?;
     if let Some(name) = captured.non_finite.first() {
         return Err(EngineError::precondition(format!(
@@ -180,7 +185,6 @@ pub async fn extract(
         .iter()
         .map(|hook| vectors(&captured, &hook.name))
         .collect::<Result<_, _>>()?;
-    let text = || tokens.iter().fold(0u64, |h, t| mixed(h ^ u64::from(t.id)));
     let of_some = |chosen: &[(usize, &String)]| {
         let rows = |(values, hook): (&Vec<f32>, &Hook)| {
             let row = |(at, _): &(usize, &String)| {
@@ -198,9 +202,9 @@ pub async fn extract(
         )
     };
     let (labels, types, vectors) = match example.label {
-        Label::Class(label) => (vec![Value::Class(label)], vec![text()], whole),
-        Label::Number(number) => (vec![Value::Number(number)], vec![text()], whole),
-        Label::Spans(spans) => of_some(&labelled(&tokens, &spans)?),
+        Label::Class(label) => (vec![Value::Class(label)], vec![of], whole),
+        Label::Number(number) => (vec![Value::Number(number)], vec![of], whole),
+        Label::Spans(spans) => of_some(&labelled(&text, &tokens, &spans)?),
         Label::Positions(positions) => of_some(&placed(tokens.len(), &positions)?),
     };
     Ok(Rows {
@@ -225,8 +229,28 @@ pub fn vectors(captured: &Captured, name: &str) -> Result<Vec<f32>, EngineError>
     Ok(tensor.to_f32().map_err(EngineError::internal)?.into_owned())
 }
 
-/// Numbers of the tokens that a span labels, each by the first span that does.
+/// What an input is of: that of equal tokens, or without tokens of equal tensors, is the same.
+fn kind(prepared: &Prepared) -> u64 {
+    let of_tokens = prepared.tokens.iter().map(|t| u64::from(t.id));
+    let of_tensors = prepared.group.inputs.iter().flat_map(|input| {
+        let words = input.tensor.bytes().chunks(8);
+        words.map(|word| {
+            word.iter()
+                .rev()
+                .fold(0, |w, byte| (w << 8) | u64::from(*byte))
+        })
+    });
+    if prepared.tokens.is_empty() {
+        of_tensors.fold(0, |h, word| mixed(h ^ word))
+    } else {
+        of_tokens.fold(0, |h, id| mixed(h ^ id))
+    }
+}
+
+/// Numbers of the tokens that spans label: those whose first byte that is no white space lies within one. Tokenizers of bytes count the
+/// space before a word as a part of it.
 fn labelled<'a>(
+    text: &str,
     tokens: &[Token],
     spans: &'a [(std::ops::Range<u32>, String)],
 ) -> Result<Vec<(usize, &'a String)>, EngineError> {
@@ -237,22 +261,23 @@ fn labelled<'a>(
             "spans are of bytes, and the input is no text: label its tokens by positions",
         ));
     }
-    let chosen: Vec<(usize, &String)> = tokens
-        .iter()
-        .enumerate()
-        .filter(|(_, t)| !t.special && t.sequence == 0 && t.end > t.start)
-        .filter_map(|(at, token)| {
-            let span = spans.iter().find(|(span, _)| span.contains(&token.start));
-            Some((at, &span?.1))
-        })
-        .collect();
-    if chosen.is_empty() {
-        return Err(EngineError::invalid(
-            "tokens.spans",
-            "no token begins within any of the spans",
-        ));
-    }
-    Ok(chosen)
+    let begins = |token: &Token| {
+        let own = text.get(token.start as usize..token.end as usize);
+        let space = own.map_or(0, |own| own.len() - own.trim_start().len());
+        let space = u32::try_from(space).unwrap_or(0);
+        match token.start + space {
+            begin if begin < token.end => begin,
+            _ => token.start,
+        }
+    };
+    let tokens = tokens.iter().enumerate();
+    let tokens = tokens.filter(|(_, t)| !t.special && t.sequence == 0 && t.end > t.start);
+    let chosen = tokens.filter_map(|(at, token)| {
+        let begin = begins(token);
+        let span = spans.iter().find(|(span, _)| span.contains(&begin));
+        Some((at, &span?.1))
+    });
+    Ok(chosen.collect())
 }
 
 /// Numbers of the tokens that are labelled by position, in order.
@@ -306,11 +331,30 @@ mod tests {
             token(0, 0, true),
         ];
         let spans = [(0..4, "a".to_owned()), (6..9, "b".to_owned())];
-        let found = labelled(&tokens, &spans).unwrap();
+        let text = "film areXgood";
+        let found = labelled(text, &tokens, &spans).unwrap();
         let found: Vec<(usize, &str)> = found.iter().map(|(at, l)| (*at, l.as_str())).collect();
         assert_eq!(found, [(1, "a"), (3, "b")]);
-        assert!(labelled(&tokens, &[(20..30, "c".to_owned())]).is_err());
-        assert!(labelled(&[token(0, 0, false)], &spans).is_err(), "ids");
+        assert!(
+            labelled(text, &tokens, &[(20..30, "c".to_owned())])
+                .unwrap()
+                .is_empty()
+        );
+        assert!(
+            labelled(text, &[token(0, 0, false)], &spans).is_err(),
+            "ids"
+        );
+        // Tokens that have the space before their word.
+        let tokens = [
+            token(0, 4, false),
+            token(4, 8, false),
+            token(8, 9, false),
+            token(9, 13, false),
+        ];
+        let spans = [(5..8, "a".to_owned()), (10..13, "b".to_owned())];
+        let found = labelled("film are  bad", &tokens, &spans);
+        let found: Vec<usize> = found.unwrap().iter().map(|(at, _)| *at).collect();
+        assert_eq!(found, [1, 3]);
     }
 
     #[test]

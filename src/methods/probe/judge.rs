@@ -10,12 +10,13 @@ use std::{
     time::Instant,
 };
 
-use ndarray::{Array2, ArrayView2, Axis, concatenate, s};
+use ndarray::{Array2, ArrayView2, Axis, s};
 
 use super::{
     card::{ClassMetrics, NumberMetrics, Report},
     fit::{Fitted, How, Targets, fit},
     metrics,
+    split::Split,
 };
 use crate::methods::attribute::draw::Draws;
 
@@ -29,15 +30,6 @@ const CURVE: [f64; 6] = [0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0];
 const MOST_CONFUSED: usize = 128;
 /// Folds of a cross-validation.
 const FOLDS: usize = 5;
-
-/// Which rows are trained on, and which judge.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Split {
-    /// Trained on, in an order that was drawn: curves and codes take them from the front.
-    pub train: Vec<usize>,
-    /// Judged by.
-    pub test: Vec<usize>,
-}
 
 /// The rows of a [`Split`], in its order.
 #[derive(Clone, Debug)]
@@ -61,68 +53,6 @@ pub struct Judgement {
     pub seed: u64,
 }
 
-impl Split {
-    /// Draws a part of the examples to judge by, with all of their rows: of each class the same part, where rows have classes. An example
-    /// whose rows have several counts as one of the rarest. `examples` says which example each row is of; rows of one follow each other.
-    pub fn drawn(targets: &Targets, examples: &[usize], fraction: f64, seed: u64) -> Self {
-        let mut groups: BTreeMap<usize, Vec<Vec<usize>>> = BTreeMap::new();
-        let rows: Vec<usize> = (0..targets.len()).collect();
-        let counts = match targets {
-            Targets::Classes(of, classes) => {
-                let mut counts = vec![0usize; *classes];
-                of.iter().for_each(|c| counts[*c] += 1);
-                counts
-            }
-            Targets::Numbers(_) => Vec::new(),
-        };
-        let rarest = |rows: &[usize]| match targets {
-            Targets::Classes(of, _) => {
-                let classes = rows.iter().map(|r| of[*r]);
-                classes.min_by_key(|c| (counts[*c], *c)).unwrap_or(0)
-            }
-            Targets::Numbers(_) => 0,
-        };
-        for example in rows.chunk_by(|a, b| examples.get(*a) == examples.get(*b)) {
-            let group = groups.entry(rarest(example)).or_default();
-            group.push(example.to_vec());
-        }
-        let mut draws = Draws::new(seed);
-        let (mut train, mut test) = (Vec::new(), Vec::new());
-        for examples in groups.into_values() {
-            let order = draws.permutation(examples.len());
-            #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // a part of it
-            let held = (examples.len() as f64 * fraction).round() as usize;
-            // A class of one example is trained on, a class of two has one on either side.
-            let held = held.clamp(
-                usize::from(examples.len() > 1),
-                examples.len().saturating_sub(1),
-            );
-            for (at, example) in order.into_iter().enumerate() {
-                let part = if at < held { &mut test } else { &mut train };
-                part.extend_from_slice(&examples[example]);
-            }
-        }
-        train.sort_unstable();
-        test.sort_unstable();
-        Self::said(&train, test, seed)
-    }
-
-    /// All of so many rows are trained on, and nothing judges.
-    pub fn unjudged(rows: usize) -> Self {
-        Self {
-            train: (0..rows).collect(),
-            test: Vec::new(),
-        }
-    }
-
-    /// Of rows that the caller named.
-    pub fn said(train: &[usize], test: Vec<usize>, seed: u64) -> Self {
-        let order = Draws::new(seed ^ 0xc0de).permutation(train.len());
-        let train = order.into_iter().map(|at| train[at]).collect();
-        Self { train, test }
-    }
-}
-
 /// Fits and judges. `types` says for each row what it is of.
 ///
 /// # Errors
@@ -141,8 +71,9 @@ pub fn judge(
     }
     let seed = judgement.seed;
     let (known, asked) = (targets.of(&split.train), targets.of(&split.test));
-    let (how, chosen_c) = chosen(how, train.view(), &known, seed, stop)?;
-    let fitted = fit(&how, train.view(), &known, seed, stop)?;
+    let (how, chosen_c) = chosen(how, train.view(), (&known, split), seed, stop)?;
+    // What is stored is judged, not what it was rounded from.
+    let fitted = fit(&how, train.view(), &known, seed, stop)?.rounded();
     let mut report = Report {
         iterations: fitted.iterations,
         converged: fitted.converged,
@@ -157,7 +88,8 @@ pub fn judge(
         (Targets::Classes(known, classes), Targets::Classes(asked, _)) => {
             let classes = *classes;
             let said = fitted.classes(test.view());
-            let (accuracy_low, accuracy_high) = metrics::bootstrap(&said, asked, seed);
+            let (accuracy_low, accuracy_high) =
+                metrics::bootstrap(&said, asked, split.test_ends(), seed);
             let confusion = metrics::confusion(&said, asked, classes);
             let mut found = ClassMetrics {
                 accuracy: metrics::accuracy(&said, asked),
@@ -199,19 +131,27 @@ pub fn judge(
                         .to_owned(),
                 );
             } else if judgement.codelength {
-                let (bits, uniform) = codelength(&how, train.view(), known, classes, seed, stop)?;
+                let of = (&known[..], classes, split);
+                let (bits, uniform) = codelength(&how, train.view(), of, seed, stop);
                 found.codelength_bits = Some(bits);
                 found.compression = Some(uniform / bits.max(f64::MIN_POSITIVE));
             }
             if judgement.learning_curve {
                 let right = |f: &Fitted| metrics::accuracy(&f.classes(test.view()), asked);
                 let known = Targets::Classes(known.clone(), classes);
-                found.learning_curve = curve(&how, (train.view(), &known), right, seed, stop);
+                found.learning_curve =
+                    curve(&how, (train.view(), &known, split), right, seed, stop);
             }
             report.classes = Some(found);
         }
         (Targets::Numbers(known), Targets::Numbers(asked)) => {
-            let numbers = |f: &Fitted, x: &Array2<f64>| f.scores(x.view()).column(0).to_vec();
+            // As scores are told: in single precision.
+            #[allow(clippy::cast_possible_truncation)]
+            let told = |score: &f64| f64::from(*score as f32);
+            let numbers = |f: &Fitted, x: &Array2<f64>| {
+                let scores = f.scores(x.view());
+                scores.column(0).iter().map(told).collect::<Vec<f64>>()
+            };
             let (r_squared, mean_squared_error, spearman) =
                 metrics::of_numbers(&numbers(&fitted, test), asked);
             let mut found = NumberMetrics {
@@ -222,7 +162,7 @@ pub fn judge(
                 ..NumberMetrics::default()
             };
             (found.r_squared_low, found.r_squared_high) =
-                metrics::bootstrap_numbers(&numbers(&fitted, test), asked, seed);
+                metrics::bootstrap_numbers(&numbers(&fitted, test), asked, split.test_ends(), seed);
             if judgement.control {
                 let fitted = control()?;
                 if let Targets::Numbers(of) = controlled(targets, types, seed).of(&split.test) {
@@ -239,7 +179,8 @@ pub fn judge(
             if judgement.learning_curve {
                 let right = |f: &Fitted| metrics::of_numbers(&numbers(f, test), asked).0;
                 let known = Targets::Numbers(known.clone());
-                found.learning_curve = curve(&how, (train.view(), &known), right, seed, stop);
+                found.learning_curve =
+                    curve(&how, (train.view(), &known, split), right, seed, stop);
             }
             report.numbers = Some(found);
         }
@@ -290,11 +231,12 @@ fn controlled(targets: &Targets, types: &[u64], seed: u64) -> Targets {
     }
 }
 
-/// The C with the best accuracy over folds of the training rows, the smallest of equal ones.
+/// The C with the best accuracy over folds of the training rows, the smallest of equal ones. Folds that leave a single class to train on
+/// say nothing.
 fn chosen(
     how: &How,
     train: ArrayView2<'_, f64>,
-    known: &Targets,
+    (known, split): (&Targets, &Split),
     seed: u64,
     stop: &dyn Fn() -> bool,
 ) -> Result<(How, Option<f64>), String> {
@@ -307,31 +249,37 @@ fn chosen(
     if choices.is_empty() {
         return Ok((how.clone(), None));
     }
-    let ends: Vec<usize> = (0..=FOLDS).map(|f| f * of.len() / FOLDS).collect();
+    let folds = split.folds(known, FOLDS);
     let mut choices = choices.clone();
     choices.sort_by(f64::total_cmp);
     let mut best = (f64::NEG_INFINITY, 1.0);
+    let mut fitted = false;
     for c in choices {
         let one = How::Logistic {
             c,
             choices: Vec::new(),
         };
         let mut sum = 0.0;
-        for fold in ends.windows(2) {
-            let (from, to) = (fold[0], fold[1]);
-            let rest: Vec<usize> = (0..from).chain(to..of.len()).collect();
-            let x = concatenate![
-                Axis(0),
-                train.slice(s![..from, ..]),
-                train.slice(s![to.., ..])
-            ];
-            let fitted = fit(&one, x.view(), &known.of(&rest), seed, stop)?;
-            let said = fitted.classes(train.slice(s![from..to, ..]));
-            sum += metrics::accuracy(&said, &of[from..to]);
+        for held in &folds {
+            let rest: Vec<usize> = (0..of.len()).filter(|row| !held.contains(row)).collect();
+            let held: Vec<usize> = held.iter().copied().collect();
+            let x = train.select(Axis(0), &rest);
+            let Ok(found) = fit(&one, x.view(), &known.of(&rest), seed, stop) else {
+                continue;
+            };
+            fitted = true;
+            let said = found.classes(train.select(Axis(0), &held).view());
+            let held: Vec<usize> = held.iter().map(|row| of[*row]).collect();
+            sum += metrics::accuracy(&said, &held);
         }
         if sum > best.0 {
             best = (sum, c);
         }
+    }
+    if !fitted {
+        return Err(format!(
+            "are too few to choose C among {FOLDS} folds: each fold leaves one class to train on"
+        ));
     }
     Ok((
         How::Logistic {
@@ -346,14 +294,12 @@ fn chosen(
 fn codelength(
     how: &How,
     train: ArrayView2<'_, f64>,
-    known: &[usize],
-    classes: usize,
+    (known, classes, split): (&[usize], usize, &Split),
     seed: u64,
     stop: &dyn Fn() -> bool,
-) -> Result<(f64, f64), String> {
+) -> (f64, f64) {
     let chance = (classes as f64).log2();
-    let mut ends: Vec<usize> = BLOCKS.iter().map(|b| part(known.len(), *b)).collect();
-    ends.dedup();
+    let ends = ends(known.len(), &BLOCKS, split);
     let mut bits = ends[0] as f64 * chance;
     for pair in ends.windows(2) {
         let (before, block) = (pair[0], &known[pair[0]..pair[1]]);
@@ -368,19 +314,18 @@ fn codelength(
             bits -= row[*class].max(f64::MIN_POSITIVE).log2();
         }
     }
-    Ok((bits, known.len() as f64 * chance))
+    (bits, known.len() as f64 * chance)
 }
 
 /// How right a probe is that was trained on a part of the rows, by how many they are. Parts of which none can be trained are left out.
 fn curve(
     how: &How,
-    (train, known): (ArrayView2<'_, f64>, &Targets),
+    (train, known, split): (ArrayView2<'_, f64>, &Targets, &Split),
     right: impl Fn(&Fitted) -> f64,
     seed: u64,
     stop: &dyn Fn() -> bool,
 ) -> Vec<(u64, f64)> {
-    let mut sizes = CURVE.map(|p| part(known.len(), p)).to_vec();
-    sizes.dedup();
+    let sizes = ends(known.len(), &CURVE, split);
     sizes
         .into_iter()
         .filter_map(|rows| {
@@ -389,6 +334,14 @@ fn curve(
             Some((rows as u64, right(&fitted)))
         })
         .collect()
+}
+
+/// Where parts of the training rows end, each once: no example is cut.
+fn ends(rows: usize, parts: &[f64], split: &Split) -> Vec<usize> {
+    let ends = parts.iter().map(|p| split.whole(part(rows, *p)));
+    let mut ends: Vec<usize> = ends.collect();
+    ends.dedup();
+    ends
 }
 
 /// A part of so many, at least one.
@@ -475,35 +428,6 @@ mod tests {
             nothing.accuracy_low < 0.5 && nothing.accuracy_high > 0.45,
             "{nothing:?}"
         );
-    }
-
-    #[test]
-    fn splits_keep_the_share_of_each_class_and_repeat() {
-        let of: Vec<usize> = (0..100).map(|i| usize::from(i % 10 == 0)).collect();
-        let targets = Targets::Classes(of.clone(), 2);
-        let split = Split::drawn(&targets, &of_their_own(100), 0.2, 9);
-        assert_eq!((split.train.len(), split.test.len()), (80, 20));
-        assert_eq!(split.test.iter().filter(|r| of[**r] == 1).count(), 2);
-        for (seed, same) in [(9, true), (10, false)] {
-            let again = Split::drawn(&targets, &of_their_own(100), 0.2, seed);
-            assert_eq!(split == again, same);
-        }
-        let mut all = [split.train, split.test].concat();
-        all.sort_unstable();
-        assert_eq!(all, (0..100).collect::<Vec<_>>());
-    }
-
-    #[test]
-    fn rows_of_an_example_stay_together() {
-        // Twenty examples of five rows; every fourth has one row of the rare class.
-        let examples: Vec<usize> = (0..100).map(|row| row / 5).collect();
-        let of: Vec<usize> = (0..100).map(|row| usize::from(row % 20 == 3)).collect();
-        let split = Split::drawn(&Targets::Classes(of.clone(), 2), &examples, 0.2, 4);
-        let named =
-            |rows: &[usize]| -> BTreeSet<usize> { rows.iter().map(|row| examples[*row]).collect() };
-        assert!(named(&split.train).is_disjoint(&named(&split.test)));
-        assert_eq!((split.train.len(), split.test.len()), (80, 20));
-        assert_eq!(split.test.iter().filter(|r| of[**r] == 1).count(), 1);
     }
 
     #[test]

@@ -80,19 +80,19 @@ pub fn calibration_error(probabilities: &Array2<f64>, of: &[usize]) -> f64 {
     off.sum::<f64>() / of.len().max(1) as f64
 }
 
-/// 95 % interval of an accuracy: percentiles of the accuracies of rows drawn with replacement.
-pub fn bootstrap(said: &[usize], of: &[usize], seed: u64) -> (f64, f64) {
-    interval(of.len(), seed, |rows| {
+/// 95 % interval of an accuracy: percentiles of the accuracies of examples drawn with replacement, each with all of its rows. `ends` says
+/// where the rows of each example end.
+pub fn bootstrap(said: &[usize], of: &[usize], ends: &[usize], seed: u64) -> (f64, f64) {
+    interval(ends, seed, |rows| {
         let right = rows.iter().filter(|r| said[**r] == of[**r]).count();
-        right as f64 / of.len().max(1) as f64
+        right as f64 / rows.len().max(1) as f64
     })
 }
 
 /// 95 % interval of the coefficient of determination, likewise.
-pub fn bootstrap_numbers(said: &[f64], of: &[f64], seed: u64) -> (f64, f64) {
-    let n = of.len().max(1) as f64;
-    interval(of.len(), seed, |rows| {
-        let mean = rows.iter().map(|r| of[*r]).sum::<f64>() / n;
+pub fn bootstrap_numbers(said: &[f64], of: &[f64], ends: &[usize], seed: u64) -> (f64, f64) {
+    interval(ends, seed, |rows| {
+        let mean = rows.iter().map(|r| of[*r]).sum::<f64>() / rows.len().max(1) as f64;
         let (left, all) = rows.iter().fold((0.0, 0.0), |(left, all), r| {
             (
                 left + (said[*r] - of[*r]).powi(2),
@@ -103,12 +103,17 @@ pub fn bootstrap_numbers(said: &[f64], of: &[f64], seed: u64) -> (f64, f64) {
     })
 }
 
-fn interval(rows: usize, seed: u64, measure: impl Fn(&[usize]) -> f64) -> (f64, f64) {
+fn interval(ends: &[usize], seed: u64, measure: impl Fn(&[usize]) -> f64) -> (f64, f64) {
     let mut draws = Draws::new(seed);
-    let mut drawn = vec![0; rows];
+    let mut drawn = Vec::new();
     let mut found: Vec<f64> = (0..BOOTSTRAP)
         .map(|_| {
-            drawn.iter_mut().for_each(|row| *row = draws.below(rows));
+            drawn.clear();
+            for _ in ends {
+                let example = draws.below(ends.len());
+                let begin = example.checked_sub(1).map_or(0, |before| ends[before]);
+                drawn.extend(begin..ends[example]);
+            }
             measure(&drawn)
         })
         .collect();
@@ -166,7 +171,7 @@ mod tests {
         let said: Vec<usize> = (0..200)
             .map(|i| if i % 5 == 0 { 1 - i % 2 } else { i % 2 })
             .collect();
-        let (low, high) = bootstrap(&said, &of, 1);
+        let (low, high) = bootstrap(&said, &of, &(1..=of.len()).collect::<Vec<_>>(), 1);
         assert!(low < 0.8 && 0.8 < high && high - low < 0.13, "{low} {high}");
     }
 }

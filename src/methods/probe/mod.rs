@@ -19,5 +19,6 @@ pub mod metrics;
 pub mod ready;
 pub mod score;
 pub mod scorer;
+pub mod split;
 pub mod store;
 pub mod train;

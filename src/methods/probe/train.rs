@@ -1,7 +1,7 @@
 //! A training: examples come in, one probe for each hook point comes out.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     io,
     sync::{
         Arc, Mutex, PoisonError,
@@ -18,8 +18,9 @@ use super::{
     direction::direction,
     extract::{self, Part, Plan, Rows, Value},
     fit::{Fitted, Targets},
-    judge::{self, Judgement, Split, judge},
+    judge::{self, Judgement, judge},
     matrices::{Column, Matrices},
+    split::Split,
     store::Weights,
 };
 use crate::{
@@ -73,10 +74,26 @@ pub struct Training {
     labels: Vec<Value>,
     types: Vec<u64>,
     parts: Vec<Option<Part>>,
-    /// Which example each row is of.
+    /// Which example each row is of; one that says what another said is taken for the same.
     examples: Vec<usize>,
+    /// Classes that came, where the header names none.
+    classes: BTreeSet<String>,
+    came: Came,
     /// Whether rows are tokens.
     tokens: Option<bool>,
+}
+
+/// The examples that came.
+#[derive(Debug, Default)]
+struct Came {
+    /// How many.
+    count: usize,
+    /// Those that are labelled as a whole: the first of each, by what it is of.
+    first: HashMap<u64, usize>,
+    /// Those that repeat another.
+    repeated: usize,
+    /// Those without a labelled token.
+    empty: usize,
 }
 
 /// What came out.
@@ -88,6 +105,8 @@ pub struct Trained {
     pub weights: Weights,
     /// Bytes of vectors that memory did not hold.
     pub spilled: u64,
+    /// What the caller should know of the examples.
+    pub notes: Vec<String>,
 }
 
 /// Bounds of a training.
@@ -99,6 +118,25 @@ pub struct Terms {
     pub max_bytes: usize,
     /// Most hook points that are fitted at a time.
     pub threads: usize,
+}
+
+impl Came {
+    /// The number of the next one, or that of one that says the same.
+    fn next(&mut self, rows: &Rows) -> usize {
+        let number = self.count;
+        self.count += 1;
+        if rows.labels.is_empty() {
+            self.empty += 1;
+        }
+        match rows.types[..] {
+            [of] if !rows.of_tokens => {
+                let first = *self.first.entry(of).or_insert(number);
+                self.repeated += usize::from(first != number);
+                first
+            }
+            _ => number,
+        }
+    }
 }
 
 impl Training {
@@ -122,6 +160,8 @@ impl Training {
             types: Vec::new(),
             parts: Vec::new(),
             examples: Vec::new(),
+            classes: BTreeSet::new(),
+            came: Came::default(),
             tokens: None,
         })
     }
@@ -174,14 +214,8 @@ impl Training {
             if let Some(why) = self.asked.how.as_ref().and_then(|how| refusal(how, value)) {
                 return Err(EngineError::invalid("label", why));
             }
-            if let Value::Class(name) = value
-                && !self.asked.labels.is_empty()
-                && !self.asked.labels.contains(name)
-            {
-                return Err(EngineError::invalid(
-                    "label",
-                    format!("\"{name}\" is none of the header's labels"),
-                ));
+            if let Value::Class(name) = value {
+                self.check_class(name)?;
             }
         }
         if self
@@ -194,13 +228,37 @@ impl Training {
                 "is said by some examples and not by others: say it of all, or of none",
             ));
         }
-        let example = self.examples.last().map_or(0, |last| last + 1);
+        let example = self.came.next(&rows);
         self.examples.extend(rows.labels.iter().map(|_| example));
         self.parts.extend(rows.labels.iter().map(|_| rows.part));
         self.labels.extend(rows.labels);
         self.types.extend(rows.types);
         self.check_fit(self.asked.labels.len())?;
         self.matrices.push(&rows.vectors).map_err(|e| spill(&e))
+    }
+
+    /// # Errors
+    /// For a class that the header does not name, or one more than there may be.
+    fn check_class(&mut self, name: &str) -> Result<(), EngineError> {
+        if !self.asked.labels.is_empty() {
+            return match self.asked.labels.iter().any(|label| label == name) {
+                true => Ok(()),
+                false => Err(EngineError::invalid(
+                    "label",
+                    format!("\"{name}\" is none of the header's labels"),
+                )),
+            };
+        }
+        if !self.classes.contains(name) {
+            self.classes.insert(name.to_owned());
+        }
+        if self.classes.len() > MOST_CLASSES {
+            return Err(EngineError::invalid(
+                "label",
+                format!("is one class more than the {MOST_CLASSES} that a probe tells apart"),
+            ));
+        }
+        Ok(())
     }
 
     /// What is trained: by the labels unless said.
@@ -246,9 +304,10 @@ impl Training {
         stop: &AtomicBool,
         each: impl Fn(&Report) + Sync,
     ) -> Result<Trained, EngineError> {
-        let (targets, names) = targets(&self.asked, &self.labels)?;
+        let (targets, names) = targets((&self.asked, self.came.count == 0), &self.labels)?;
         let how = self.how();
         let split = self.split(&targets);
+        let notes = self.notes((&targets, &names), &split);
         let named = split_name(&split);
         let options = self.options(&how);
         let judgement = Judgement {
@@ -342,6 +401,7 @@ impl Training {
             },
             weights: weights.into_iter().flatten().collect(),
             spilled,
+            notes,
         })
     }
 
@@ -377,7 +437,48 @@ impl Training {
                 .map(|(at, _)| at)
                 .collect()
         };
-        Split::said(&of(Part::Train), of(Part::Test), self.asked.seed)
+        let (train, test) = (of(Part::Train), of(Part::Test));
+        Split::said(&train, &test, &self.examples, self.asked.seed)
+    }
+
+    /// What the caller should know of the examples.
+    fn notes(&self, (targets, names): (&Targets, &[String]), split: &Split) -> Vec<String> {
+        let mut notes = Vec::new();
+        let Came {
+            repeated, empty, ..
+        } = self.came;
+        if empty > 0 {
+            notes.push(format!(
+                "{empty} examples have no token that is labelled: nothing was read of them"
+            ));
+        }
+        if repeated > 0 && self.parts.iter().all(Option::is_none) {
+            notes.push(format!(
+                "{repeated} examples repeat others: they are on the side of the first of their kind"
+            ));
+        }
+        let known: BTreeSet<usize> = split.train.iter().map(|r| self.examples[*r]).collect();
+        let both = split
+            .test
+            .iter()
+            .filter(|r| known.contains(&self.examples[**r]));
+        let both = both.count();
+        if both > 0 {
+            notes.push(format!(
+                "{both} of the examples that judge are trained on as well: the measures are too good"
+            ));
+        }
+        if let Targets::Classes(of, classes) = targets {
+            let trained: BTreeSet<usize> = split.train.iter().map(|row| of[*row]).collect();
+            let missing = (0..*classes).filter(|class| !trained.contains(class));
+            notes.extend(missing.map(|class| {
+                format!(
+                    "no example of \"{}\" was trained on: no probe knows it",
+                    names[class]
+                )
+            }));
+        }
+        notes
     }
 }
 
@@ -477,7 +578,10 @@ fn spill(e: &io::Error) -> EngineError {
 }
 
 /// Labels as numbers, and the names of the classes.
-fn targets(asked: &Asked, labels: &[Value]) -> Result<(Targets, Vec<String>), EngineError> {
+fn targets(
+    (asked, asked_none): (&Asked, bool),
+    labels: &[Value],
+) -> Result<(Targets, Vec<String>), EngineError> {
     let mut numbers = Vec::new();
     let mut seen = BTreeSet::new();
     for label in labels {
@@ -489,10 +593,11 @@ fn targets(asked: &Asked, labels: &[Value]) -> Result<(Targets, Vec<String>), En
         }
     }
     if labels.is_empty() {
-        return Err(EngineError::invalid(
-            "examples",
-            "there are none: send some after the header",
-        ));
+        let message = match asked_none {
+            true => "there are none: send some after the header",
+            false => "have no token that is labelled: do the spans lie within the texts?",
+        };
+        return Err(EngineError::invalid("examples", message));
     }
     if seen.is_empty() {
         return Ok((Targets::Numbers(numbers), Vec::new()));

@@ -1,5 +1,7 @@
 //! From wire types to questions about probes, validated once. Errors name the field by its path.
 
+use std::ops::Range;
+
 use super::super::{
     from_proto::{or, pooling, required_input, tensor, unknown},
     wire::introspect as pb,
@@ -7,6 +9,7 @@ use super::super::{
 use crate::{
     engine::EngineError,
     methods::{
+        input::Input,
         probe::{
             card::Kind,
             extract::{Example, Label, Part},
@@ -205,18 +208,20 @@ pub(super) fn example(example: pb::Example) -> Result<Example> {
             check_label(&label, "label")?;
             Label::Class(label)
         }
-        Some(Of::Number(number)) if number.is_finite() => Label::Number(number),
+        Some(Of::Number(number)) if number.abs() <= f64::from(f32::MAX) => Label::Number(number),
         Some(Of::Number(number)) => {
             return Err(EngineError::invalid(
                 "number",
-                format!("is {number}: give a finite number"),
+                format!("is {number}: give a number that single precision can hold, as probes do"),
             ));
         }
         Some(Of::Tokens(tokens)) => of_tokens(tokens)?,
     };
     let part = pb::Part::try_from(example.part).map_err(|_| unknown("part", example.part))?;
+    let input = required_input(example.input)?;
+    within(&input, &label)?;
     Ok(Example {
-        input: required_input(example.input)?,
+        input,
         label,
         part: match part {
             pb::Part::Unspecified => None,
@@ -242,7 +247,9 @@ fn of_tokens(given: pb::TokenLabels) -> Result<Label> {
             }
             Ok((span.start..span.end, span.label))
         });
-        return Ok(Label::Spans(spans.collect::<Result<_>>()?));
+        let spans: Vec<_> = spans.collect::<Result<_>>()?;
+        apart(&spans)?;
+        return Ok(Label::Spans(spans));
     }
     if !given.spans.is_empty() {
         return Err(EngineError::invalid(
@@ -256,6 +263,46 @@ fn of_tokens(given: pb::TokenLabels) -> Result<Label> {
         Ok((one.position, one.label))
     });
     Ok(Label::Positions(positions.collect::<Result<_>>()?))
+}
+
+/// Whether no two spans have a byte in common: a token has one label.
+fn apart(spans: &[(Range<u32>, String)]) -> Result<()> {
+    let mut order: Vec<usize> = (0..spans.len()).collect();
+    order.sort_by_key(|at| spans[*at].0.start);
+    for pair in order.windows(2) {
+        let (before, after) = (pair[0], pair[1]);
+        if spans[after].0.start < spans[before].0.end {
+            return Err(EngineError::invalid(
+                format!("tokens.spans[{}]", before.max(after)),
+                format!(
+                    "overlaps tokens.spans[{}]: a token has one label",
+                    before.min(after)
+                ),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Whether spans lie within their text.
+fn within(input: &Input, label: &Label) -> Result<()> {
+    let (Input::Text { text, .. }, Label::Spans(spans)) = (input, label) else {
+        return Ok(());
+    };
+    match spans
+        .iter()
+        .position(|(span, _)| span.end as usize > text.text.len())
+    {
+        Some(at) => Err(EngineError::invalid(
+            format!("tokens.spans[{at}].end"),
+            format!(
+                "is {}, and the text has {} bytes",
+                spans[at].0.end,
+                text.text.len()
+            ),
+        )),
+        None => Ok(()),
+    }
 }
 
 /// A probe by its plain weights.

@@ -12,6 +12,7 @@ use std::{
 use futures::StreamExt as _;
 use metrics::counter;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio_stream::Elapsed;
 use tonic::{Status, Streaming};
 
 use super::{
@@ -176,7 +177,7 @@ pub(super) async fn tell(
     let trained = fit(training, (&mut told, teller)).await?;
     told.timings.reduce += begun.elapsed();
     counter!(names::PROBE_SPILLED_BYTES, "model" => model).increment(trained.spilled);
-    let stored = name.is_some();
+    let (stored, notes) = (name.is_some(), trained.notes.clone());
     let card = if stored {
         let Trained { card, weights, .. } = trained;
         let put = tokio::task::spawn_blocking(move || store.put(card, &weights, replace));
@@ -192,6 +193,7 @@ pub(super) async fn tell(
     Ok(Ended {
         timings: told.timings,
         rows: told.progress.examples_run,
+        notes,
         ..Ended::default()
     })
 }
@@ -208,7 +210,8 @@ async fn collect(
     let examples = counter!(names::PROBE_EXAMPLES, "model" => handle.info().name.clone());
     let received = AtomicU64::new(0);
     let heard = &received;
-    let rows = requests
+    // While others wait for its place, a training whose examples do not come is given up.
+    let rows = tokio_stream::StreamExt::timeout(requests, limit)
         .enumerate()
         .map(|(at, request)| {
             heard.store(at as u64 + 1, Ordering::Relaxed);
@@ -241,16 +244,22 @@ async fn collect(
 async fn example(
     handle: &ModelHandle,
     plan: &Plan,
-    request: Result<pb::TrainRequest, Status>,
+    request: Result<Result<pb::TrainRequest, Status>, Elapsed>,
     call: &Call,
     limit: Duration,
 ) -> Result<Rows, EngineError> {
+    let request = request.map_err(|_| {
+        let message = format!(
+            "no example came for {limit:?}, and there are {MOST} places for trainings: this one was given up"
+        );
+        EngineError::exhausted(message, Some(COME_BACK))
+    })?;
     // A stream that breaks is a caller that left.
     let request = request.map_err(|_| EngineError::Cancelled)?;
     let Some(Asked::Example(example)) = request.item else {
         return Err(EngineError::invalid(
-            "",
-            "is no example: after the header come examples only",
+            "header",
+            "came already: after the first header come examples only",
         ));
     };
     let example = from_proto::example(example)?;

@@ -144,6 +144,18 @@ impl Layer {
 }
 
 impl Fitted {
+    /// The same with weights as they are stored: in single precision.
+    #[must_use]
+    pub fn rounded(mut self) -> Self {
+        for layer in self.hidden.iter_mut().chain([&mut self.output]) {
+            #[allow(clippy::cast_possible_truncation)] // what it is about
+            let single = |v: f64| f64::from(v as f32);
+            layer.weight.mapv_inplace(single);
+            layer.bias.mapv_inplace(single);
+        }
+        self
+    }
+
     /// Scores `[row, output]`.
     pub fn scores(&self, x: ArrayView2<'_, f64>) -> Array2<f64> {
         match &self.hidden {
