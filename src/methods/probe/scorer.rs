@@ -21,6 +21,15 @@ pub struct Says {
     pub projection: Option<f32>,
 }
 
+impl Says {
+    /// Whether every number of it is one.
+    pub fn is_finite(&self) -> bool {
+        let single = self.margin.iter().chain(&self.projection);
+        let numbers = self.probabilities.iter().chain(&self.values).chain(single);
+        numbers.into_iter().all(|v| v.is_finite())
+    }
+}
+
 /// See the module.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Scorer {
@@ -190,7 +199,9 @@ impl Scorer {
     pub fn score(&self, x: &[f32]) -> Says {
         let inner = self.hidden.as_ref().map(|hidden| {
             let mut made = hidden.at(x);
-            made.iter_mut().for_each(|v| *v = v.max(0.0));
+            // What is no number stays none: `max` would make 0 of it.
+            let below = made.iter_mut().filter(|v| **v < 0.0);
+            below.for_each(|v| *v = 0.0);
             made
         });
         let values = self.output.at(inner.as_deref().unwrap_or(x));
@@ -306,6 +317,19 @@ mod tests {
         assert_eq!(flat.label, "flat");
         assert!((flat.probabilities.iter().sum::<f32>() - 1.0).abs() < 1e-6);
         assert_eq!(flat.projection, None);
+    }
+
+    #[test]
+    fn what_is_no_number_is_seen_behind_a_layer_as_well() {
+        let weights = weights(&[
+            ("h/hidden_weight", &[1, 2], &[3e38, -3e38]),
+            ("h/hidden_bias", &[1], &[0.0]),
+            ("h/weight", &[1, 1], &[1.0]),
+            ("h/bias", &[1], &[0.0]),
+        ]);
+        let scorer = Scorer::of(&card(Kind::Mlp, &["a", "b"]), &weights, "h").unwrap();
+        assert!(!scorer.score(&[9.0, 9.0]).is_finite(), "inf - inf");
+        assert!(scorer.score(&[0.5, 0.5]).is_finite());
     }
 
     #[test]
