@@ -15,7 +15,7 @@ use super::{
     card::Card,
     score::Asked,
     scorer::Scorer,
-    store::{CARD, Store, Stored, Writing},
+    store::{CARD, Store, Stored, Writing, broken},
 };
 use crate::{engine::EngineError, ipc::info::ModelInfo};
 
@@ -91,8 +91,8 @@ impl Probes {
     /// A probe of a store that fits a model, at one of its hook points.
     ///
     /// # Errors
-    /// Those of [`Store::get`]; [`EngineError::FailedPrecondition`] for a probe of another model unless `force`, or a hook point that the model or
-    /// the probe lacks.
+    /// Those of [`Store::get`]; [`EngineError::DataLoss`] for a probe of this very model whose weights are of another width;
+    /// [`EngineError::FailedPrecondition`] for a probe of another model unless `force`, or a hook point that the model or the probe lacks.
     pub fn asked(
         &self,
         store: &Store,
@@ -172,6 +172,14 @@ fn fitting(
             ),
         ));
     };
+    let width = features(info, &canonical);
+    if let Some(width) = width.filter(|w| *w != scorer.width())
+        && card.fingerprint == info.fingerprint
+    {
+        let of = scorer.width();
+        let why = format!("its weights read {of} features of \"{canonical}\", which has {width}");
+        return Err(broken(name, &why));
+    }
     reads(info, name, &canonical, scorer)?;
     Ok(Asked {
         hook: canonical,
