@@ -31,7 +31,7 @@ use safetensors::{
 use super::stream::States;
 use crate::{
     engine::EngineError,
-    methods::probe::store::{check_name_of, missing},
+    methods::probe::store::{check_name_of, missing, open_regular, why},
     tensor::{DType, Tensor},
 };
 
@@ -83,19 +83,14 @@ impl Tuned {
                 "there is no tuned lens \"{name}\": put it into the folder \"lenses\" of the model as {name}{ENDING}"
             ))
         };
-        // A link, a device or a pipe is no file of maps.
-        let kind = path.symlink_metadata().map_err(|e| {
+        let mut file = open_regular(&path).map_err(|e| {
             if missing(&e) {
                 absent()
             } else {
-                broken(name, &e.kind().to_string())
+                broken(name, &why(&e))
             }
         })?;
-        if !kind.is_file() {
-            return Err(broken(name, "it is no regular file"));
-        }
         let read = |e: io::Error| broken(name, &e.kind().to_string());
-        let mut file = File::open(&path).map_err(read)?;
         let length = file.metadata().map_err(read)?.len();
         let mut size = [0; LENGTH as usize];
         file.read_exact(&mut size).map_err(read)?;
@@ -323,7 +318,12 @@ mod tests {
         }
         let folder = tempfile::tempdir().unwrap();
         std::os::unix::fs::symlink("/dev/zero", folder.path().join("b.safetensors")).unwrap();
-        assert!(Tuned::open(folder.path(), "b").is_err());
+        let pipe = folder.path().join("p.safetensors");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &pipe, rustix::fs::Mode::RWXU).unwrap();
+        for name in ["b", "p"] {
+            let error = Tuned::open(folder.path(), name).unwrap_err();
+            assert!(error.to_string().contains("no regular file"), "{error}");
+        }
         let missing = Tuned::open(folder.path(), "c").unwrap_err();
         assert!(matches!(missing, EngineError::NotFound { .. }));
     }

@@ -1,11 +1,13 @@
 //! What is known of a stored probe: `probe.json`.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
+    io,
     time::{SystemTime, UNIX_EPOCH},
 };
 
 use serde::{Deserialize, Serialize};
+use serde_json::ser::{Formatter, PrettyFormatter};
 
 use crate::methods::reduce::Pooling;
 
@@ -14,6 +16,15 @@ pub const FORMAT: u32 = 1;
 
 /// What makes probes.
 pub const MADE_BY: &str = concat!("introspectd ", env!("CARGO_PKG_VERSION"));
+
+/// Most classes.
+const MOST_LABELS: usize = 1024;
+/// Longest name of a class, in bytes.
+const LABEL_LIMIT: usize = 256;
+/// Longest name of a hook point, in bytes.
+const HOOK_LIMIT: usize = 1024;
+/// How far sums of parts of a whole may round away from it.
+const ROUNDING: f64 = 1e-9;
 
 /// Seconds since 1970.
 pub fn now() -> u64 {
@@ -27,16 +38,57 @@ pub fn now() -> u64 {
 /// What is wrong with it.
 pub fn read(bytes: &[u8]) -> Result<Card, String> {
     let card: Card = serde_json::from_slice(bytes).map_err(|e| e.to_string())?;
-    if card.format != FORMAT {
-        return Err(format!(
-            "its format is {}, this daemon reads {FORMAT}",
-            card.format
-        ));
-    }
-    if !card.reports.iter().any(|r| r.hook == card.best) {
-        return Err("its best hook point is none of its own".to_owned());
-    }
+    card.check()?;
     Ok(card)
+}
+
+/// Writes a description: a line for each field, the numbers of a matrix on one.
+///
+/// # Errors
+/// None that a [`Card`] gives.
+pub fn write(card: &Card) -> serde_json::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let mut to = serde_json::Serializer::with_formatter(&mut bytes, Lines::default());
+    card.serialize(&mut to)?;
+    Ok(bytes)
+}
+
+/// Objects as [`PrettyFormatter`] has them, arrays on one line.
+#[derive(Default)]
+struct Lines(PrettyFormatter<'static>);
+
+impl Formatter for Lines {
+    fn begin_array_value<W: ?Sized + io::Write>(
+        &mut self,
+        to: &mut W,
+        first: bool,
+    ) -> io::Result<()> {
+        if first { Ok(()) } else { to.write_all(b", ") }
+    }
+
+    fn begin_object<W: ?Sized + io::Write>(&mut self, to: &mut W) -> io::Result<()> {
+        self.0.begin_object(to)
+    }
+
+    fn end_object<W: ?Sized + io::Write>(&mut self, to: &mut W) -> io::Result<()> {
+        self.0.end_object(to)
+    }
+
+    fn begin_object_key<W: ?Sized + io::Write>(
+        &mut self,
+        to: &mut W,
+        first: bool,
+    ) -> io::Result<()> {
+        self.0.begin_object_key(to, first)
+    }
+
+    fn begin_object_value<W: ?Sized + io::Write>(&mut self, to: &mut W) -> io::Result<()> {
+        self.0.begin_object_value(to)
+    }
+
+    fn end_object_value<W: ?Sized + io::Write>(&mut self, to: &mut W) -> io::Result<()> {
+        self.0.end_object_value(to)
+    }
 }
 
 /// Probes of one name, one for each hook point.
@@ -78,6 +130,108 @@ pub struct Card {
     pub made_by: String,
     /// The file beside it that holds the weights.
     pub tensors: TensorFile,
+}
+
+impl Card {
+    /// Whether it makes sense, and can be written: JSON has no number that is not finite.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn check(&self) -> Result<(), String> {
+        if self.format != FORMAT {
+            return Err(format!(
+                "its format is {}, this daemon reads {FORMAT}",
+                self.format
+            ));
+        }
+        check_labels(&self.labels)?;
+        for (name, value) in &self.options {
+            finite(&format!("its option \"{name}\""), *value)?;
+        }
+        let mut hooks = BTreeSet::new();
+        for report in &self.reports {
+            let of = |why| format!("its report of \"{}\": {why}", report.hook);
+            if !hooks.insert(&report.hook) {
+                return Err(of("it has two".to_owned()));
+            }
+            report.check(self.labels.len()).map_err(of)?;
+        }
+        if !hooks.contains(&self.best) {
+            return Err("its best hook point is none of its own".to_owned());
+        }
+        Ok(())
+    }
+
+    /// Without what grows with the square of the classes or with the steps of a curve: for lists.
+    #[must_use]
+    pub fn brief(mut self) -> Self {
+        for report in &mut self.reports {
+            if let Some(classes) = &mut report.classes {
+                classes.confusion = Vec::new();
+                classes.learning_curve = Vec::new();
+            }
+            if let Some(numbers) = &mut report.numbers {
+                numbers.learning_curve = Vec::new();
+            }
+        }
+        self
+    }
+}
+
+/// Names of classes: none empty, none twice.
+fn check_labels(labels: &[String]) -> Result<(), String> {
+    if labels.len() > MOST_LABELS {
+        return Err(format!(
+            "it has {} labels: at most {MOST_LABELS} are read",
+            labels.len()
+        ));
+    }
+    let mut seen = BTreeSet::new();
+    for (at, label) in labels.iter().enumerate() {
+        if label.is_empty() || label.len() > LABEL_LIMIT {
+            return Err(format!(
+                "its label {at} has {} bytes: a label has 1 to {LABEL_LIMIT}",
+                label.len()
+            ));
+        }
+        if !seen.insert(label) {
+            return Err(format!("its label \"{label}\" stands there twice"));
+        }
+    }
+    Ok(())
+}
+
+fn finite(what: &str, value: f64) -> Result<(), String> {
+    if value.is_finite() {
+        return Ok(());
+    }
+    Err(format!("{what} is {value}, which is not finite"))
+}
+
+/// Each within its bounds, where it is there.
+fn within(bounds: (f64, f64), named: &[(&str, Option<f64>)]) -> Result<(), String> {
+    let (low, high) = bounds;
+    for (name, value) in named {
+        let Some(value) = *value else { continue };
+        finite(name, value)?;
+        if value < low - ROUNDING || value > high + ROUNDING {
+            return Err(format!(
+                "{name} is {value}, and lies within {low} and {high}"
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Of numbers that may be any.
+const ANY: (f64, f64) = (f64::MIN, f64::MAX);
+/// Of a part of a whole.
+const PART: (f64, f64) = (0.0, 1.0);
+
+fn check_curve(bounds: (f64, f64), points: &[(u64, f64)]) -> Result<(), String> {
+    points
+        .iter()
+        .try_for_each(|(_, value)| within(bounds, &[("learning_curve", Some(*value))]))
 }
 
 /// A file of weights.
@@ -196,6 +350,38 @@ pub struct Direction {
 }
 
 impl Report {
+    /// Whether it can be of a probe of so many classes, none for numbers.
+    fn check(&self, classes: usize) -> Result<(), String> {
+        let Self {
+            hook,
+            layer: _,
+            classes: of_classes,
+            numbers,
+            direction,
+            iterations: _,
+            converged: _,
+            chosen_c,
+            seconds,
+            notes: _,
+        } = self;
+        if hook.is_empty() || hook.len() > HOOK_LIMIT {
+            return Err(format!(
+                "the name of a hook point has 1 to {HOOK_LIMIT} bytes, this one {}",
+                hook.len()
+            ));
+        }
+        within(ANY, &[("chosen_c", *chosen_c), ("seconds", Some(*seconds))])?;
+        if of_classes.is_some() && classes == 0 {
+            return Err("it judges classes, and the probe has none".to_owned());
+        }
+        if numbers.is_some() && classes > 0 {
+            return Err("it judges numbers, and the probe has classes".to_owned());
+        }
+        of_classes.as_ref().map_or(Ok(()), |m| m.check(classes))?;
+        numbers.as_ref().map_or(Ok(()), NumberMetrics::check)?;
+        direction.as_ref().map_or(Ok(()), Direction::check)
+    }
+
     /// By what hook points are compared: accuracy, R squared, or separation.
     pub fn merit(&self) -> f64 {
         let classes = self.classes.as_ref().map(|c| c.accuracy);
@@ -205,9 +391,245 @@ impl Report {
     }
 }
 
+impl ClassMetrics {
+    fn check(&self, classes: usize) -> Result<(), String> {
+        let Self {
+            accuracy,
+            accuracy_low,
+            accuracy_high,
+            macro_f1,
+            auc,
+            majority,
+            control_accuracy,
+            selectivity,
+            calibration_error,
+            confusion,
+            codelength_bits,
+            compression,
+            learning_curve,
+            train_accuracy,
+        } = self;
+        let parts = [
+            ("accuracy", Some(*accuracy)),
+            ("accuracy_low", Some(*accuracy_low)),
+            ("accuracy_high", Some(*accuracy_high)),
+            ("macro_f1", Some(*macro_f1)),
+            ("auc", *auc),
+            ("majority", Some(*majority)),
+            ("control_accuracy", *control_accuracy),
+            ("calibration_error", *calibration_error),
+            ("train_accuracy", Some(*train_accuracy)),
+        ];
+        within(PART, &parts)?;
+        within((-1.0, 1.0), &[("selectivity", *selectivity)])?;
+        let sizes = [
+            ("codelength_bits", *codelength_bits),
+            ("compression", *compression),
+        ];
+        within((0.0, f64::MAX), &sizes)?;
+        if !confusion.is_empty() && confusion.len() != classes * classes {
+            return Err(format!(
+                "confusion has {} counts, and {classes} classes have {}",
+                confusion.len(),
+                classes * classes
+            ));
+        }
+        check_curve(PART, learning_curve)
+    }
+}
+
+impl NumberMetrics {
+    fn check(&self) -> Result<(), String> {
+        let Self {
+            r_squared,
+            mean_squared_error,
+            spearman,
+            control_r_squared,
+            selectivity,
+            train_r_squared,
+            r_squared_low,
+            r_squared_high,
+            learning_curve,
+        } = self;
+        // Whoever knows less than the mean has an R squared below nothing.
+        let determined = [
+            ("r_squared", Some(*r_squared)),
+            ("control_r_squared", *control_r_squared),
+            ("selectivity", *selectivity),
+            ("train_r_squared", Some(*train_r_squared)),
+            ("r_squared_low", Some(*r_squared_low)),
+            ("r_squared_high", Some(*r_squared_high)),
+        ];
+        within((f64::MIN, 1.0), &determined)?;
+        within((-1.0, 1.0), &[("spearman", Some(*spearman))])?;
+        let error = [("mean_squared_error", Some(*mean_squared_error))];
+        within((0.0, f64::MAX), &error)?;
+        check_curve((f64::MIN, 1.0), learning_curve)
+    }
+}
+
+impl Direction {
+    fn check(&self) -> Result<(), String> {
+        let Self { length, separation } = self;
+        within((0.0, f64::MAX), &[("length", Some(*length))])?;
+        within(ANY, &[("separation", *separation)])
+    }
+}
+
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+
+    /// A description that makes sense, of these hook points.
+    pub(in crate::methods::probe) fn card(labels: &[&str], reports: Vec<Report>) -> Card {
+        Card {
+            format: FORMAT,
+            name: "p".to_owned(),
+            model: "m".to_owned(),
+            fingerprint: "f".to_owned(),
+            kind: Kind::Logistic,
+            options: BTreeMap::new(),
+            labels: labels.iter().map(|l| (*l).to_owned()).collect(),
+            pooling: Some(Pooling::Mean),
+            best: reports.first().map_or(String::new(), |r| r.hook.clone()),
+            reports,
+            train_examples: 1,
+            test_examples: 1,
+            split: String::new(),
+            seed: 0,
+            created: 0,
+            made_by: String::new(),
+            tensors: TensorFile::default(),
+        }
+    }
+
+    fn report(classes: Option<ClassMetrics>, numbers: Option<NumberMetrics>) -> Report {
+        Report {
+            hook: "h".to_owned(),
+            classes,
+            numbers,
+            ..Report::default()
+        }
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_named() {
+        let judged = |m: ClassMetrics| card(&["a", "b"], vec![report(Some(m), None)]);
+        let numbers = |m: NumberMetrics| card(&[], vec![report(None, Some(m))]);
+        judged(ClassMetrics::default()).check().unwrap();
+        numbers(NumberMetrics::default()).check().unwrap();
+        let of_labels = |labels: &[&str]| card(labels, vec![report(None, None)]);
+        let long = "a".repeat(LABEL_LIMIT + 1);
+        let many: Vec<String> = (0..=MOST_LABELS).map(|i| i.to_string()).collect();
+        let many: Vec<&str> = many.iter().map(String::as_str).collect();
+        for (card, part) in [
+            (of_labels(&["a", "a"]), "\"a\" stands there twice"),
+            (of_labels(&["a", ""]), "label 1 has 0 bytes"),
+            (of_labels(&["a", &long]), "label 1 has 257 bytes"),
+            (of_labels(&many), "1025 labels"),
+            (card(&["a", "b"], Vec::new()), "best hook point"),
+            (
+                card(&["a", "b"], vec![report(None, None); 2]),
+                "\"h\": it has two",
+            ),
+            (
+                card(&["a", "b"], vec![Report::default()]),
+                "1 to 1024 bytes",
+            ),
+            (
+                judged(ClassMetrics {
+                    accuracy: 7.0,
+                    ..ClassMetrics::default()
+                }),
+                "accuracy is 7",
+            ),
+            (
+                judged(ClassMetrics {
+                    auc: Some(f64::NAN),
+                    ..ClassMetrics::default()
+                }),
+                "auc is NaN, which is not finite",
+            ),
+            (
+                judged(ClassMetrics {
+                    confusion: vec![1; 3],
+                    ..ClassMetrics::default()
+                }),
+                "confusion has 3 counts, and 2 classes have 4",
+            ),
+            (
+                judged(ClassMetrics {
+                    learning_curve: vec![(1, 0.5), (2, 1.5)],
+                    ..ClassMetrics::default()
+                }),
+                "learning_curve is 1.5",
+            ),
+            (
+                numbers(NumberMetrics {
+                    mean_squared_error: f64::INFINITY,
+                    ..NumberMetrics::default()
+                }),
+                "mean_squared_error is inf",
+            ),
+            (
+                card(&[], vec![report(Some(ClassMetrics::default()), None)]),
+                "the probe has none",
+            ),
+            (
+                card(
+                    &["a", "b"],
+                    vec![report(None, Some(NumberMetrics::default()))],
+                ),
+                "the probe has classes",
+            ),
+        ] {
+            let why = card.check().unwrap_err();
+            assert!(why.contains(part), "{why}");
+        }
+    }
+
+    #[test]
+    fn sums_that_round_are_no_mistake() {
+        let rounded = ClassMetrics {
+            accuracy_high: 1.0 + f64::EPSILON,
+            accuracy_low: -f64::EPSILON,
+            ..ClassMetrics::default()
+        };
+        let told = card(&["a", "b"], vec![report(Some(rounded), None)]);
+        told.check().unwrap();
+    }
+
+    #[test]
+    fn a_description_reads_as_it_was_written_and_a_matrix_takes_one_line() {
+        let judged = ClassMetrics {
+            confusion: vec![1, 0, 2, 3],
+            learning_curve: vec![(8, 0.5), (16, 1.0)],
+            ..ClassMetrics::default()
+        };
+        let made = card(&["a", "b"], vec![report(Some(judged), None)]);
+        let bytes = write(&made).unwrap();
+        let text = String::from_utf8(bytes.clone()).unwrap();
+        assert!(text.contains("\n  \"labels\": [\"a\", \"b\"],\n"), "{text}");
+        assert!(text.contains("\"confusion\": [1, 0, 2, 3],\n"), "{text}");
+        assert!(text.contains("[[8, 0.5], [16, 1.0]]"), "{text}");
+        assert_eq!(read(&bytes).unwrap(), made);
+    }
+
+    #[test]
+    fn what_is_brief_has_no_matrices_and_no_curves() {
+        let judged = ClassMetrics {
+            accuracy: 0.5,
+            confusion: vec![1; 4],
+            learning_curve: vec![(8, 0.5)],
+            ..ClassMetrics::default()
+        };
+        let brief = card(&["a", "b"], vec![report(Some(judged), None)]).brief();
+        let expected = ClassMetrics {
+            accuracy: 0.5,
+            ..ClassMetrics::default()
+        };
+        assert_eq!(brief.reports[0].classes.as_ref(), Some(&expected));
+    }
 
     #[test]
     fn descriptions_that_know_of_no_direction_still_read_and_are_still_written() {

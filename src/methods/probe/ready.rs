@@ -15,7 +15,7 @@ use super::{
     card::Card,
     score::Asked,
     scorer::Scorer,
-    store::{CARD, Store, Stored, Writing},
+    store::{CARD, Store, Stored, Writing, broken},
 };
 use crate::{engine::EngineError, ipc::info::ModelInfo};
 
@@ -91,8 +91,8 @@ impl Probes {
     /// A probe of a store that fits a model, at one of its hook points.
     ///
     /// # Errors
-    /// Those of [`Store::get`]; [`EngineError::FailedPrecondition`] for a probe of another model unless `force`, or a hook point that the model or
-    /// the probe lacks.
+    /// Those of [`Store::get`]; [`EngineError::DataLoss`] for a probe of this very model whose weights are of another width;
+    /// [`EngineError::FailedPrecondition`] for a probe of another model unless `force`, or a hook point that the model or the probe lacks.
     pub fn asked(
         &self,
         store: &Store,
@@ -124,21 +124,16 @@ impl Probes {
         let path = store.path(name)?;
         let key = (model.to_owned(), name.to_owned());
         let looked = Looked::now(&self.writing);
-        let stamp = stamp(&path.join(CARD));
+        let stamp = stamp(&path);
         if let (Some(mut kept), Some(stamp)) = (self.kept.get_mut(&key), stamp)
             && kept.stamp == stamp
         {
             kept.looked = looked;
             return Ok(kept.ready.clone());
         }
-        let Stored { card, weights } = store.get(name).inspect_err(|_| {
+        let Stored { card, scorers } = store.get(name).inspect_err(|_| {
             self.kept.remove(&key);
         })?;
-        let scorers = card
-            .reports
-            .iter()
-            .map(|r| Ok((r.hook.clone(), Scorer::of(&card, &weights, &r.hook)?)))
-            .collect::<Result<_, EngineError>>()?;
         let ready = Arc::new(Ready { card, scorers });
         if let Some(stamp) = stamp {
             let kept = Kept {
@@ -177,6 +172,14 @@ fn fitting(
             ),
         ));
     };
+    let width = features(info, &canonical);
+    if let Some(width) = width.filter(|w| *w != scorer.width())
+        && card.fingerprint == info.fingerprint
+    {
+        let of = scorer.width();
+        let why = format!("its weights read {of} features of \"{canonical}\", which has {width}");
+        return Err(broken(name, &why));
+    }
     reads(info, name, &canonical, scorer)?;
     Ok(Asked {
         hook: canonical,
@@ -189,8 +192,7 @@ fn fitting(
 /// # Errors
 /// [`EngineError::FailedPrecondition`] when it does not.
 pub fn reads(info: &ModelInfo, name: &str, hook: &str, scorer: &Scorer) -> Result<(), EngineError> {
-    let width = info.hook(hook).and_then(|h| h.dims.last().copied());
-    if width == Some(Some(scorer.width())) {
+    if features(info, hook) == Some(scorer.width()) {
         return Ok(());
     }
     Err(EngineError::precondition(format!(
@@ -200,7 +202,17 @@ pub fn reads(info: &ModelInfo, name: &str, hook: &str, scorer: &Scorer) -> Resul
     )))
 }
 
-fn stamp(path: &Path) -> Option<Stamp> {
-    let meta = fs::metadata(path).ok()?;
+/// Features of a hook point, where the model has it and they are known.
+fn features(info: &ModelInfo, hook: &str) -> Option<usize> {
+    info.hook(hook)
+        .and_then(|h| h.dims.last().copied().flatten())
+}
+
+/// Of a probe's folder; of one behind a link there is none.
+fn stamp(folder: &Path) -> Option<Stamp> {
+    let real = fs::symlink_metadata(folder).ok()?.is_dir();
+    let meta = real
+        .then(|| fs::symlink_metadata(folder.join(CARD)))?
+        .ok()?;
     Some((meta.ino(), meta.modified().ok()?, meta.len()))
 }

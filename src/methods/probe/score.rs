@@ -48,6 +48,18 @@ impl Asked {
         let found = self.probe.scorers.get(&self.hook);
         found.ok_or_else(|| EngineError::internal("a probe lost a hook point"))
     }
+
+    /// What it says of a vector.
+    fn says(&self, x: &[f32]) -> Result<Says, EngineError> {
+        let says = self.scorer()?.score(x);
+        if says.is_finite() {
+            return Ok(says);
+        }
+        Err(EngineError::precondition(format!(
+            "the score of probe \"{}\" at \"{}\" is not finite: its weights or what they read are too large",
+            self.probe.card.name, self.hook
+        )))
+    }
 }
 
 /// What is wanted beside the scores.
@@ -90,7 +102,8 @@ pub struct Scores {
 /// Runs an input and scores it.
 ///
 /// # Errors
-/// Those of captures; [`EngineError::FailedPrecondition`] for vectors that are not finite, of which no probe says anything.
+/// Those of captures; [`EngineError::FailedPrecondition`] for vectors that are not finite, of which no probe says anything, and for scores that
+/// are not.
 pub async fn score(
     handle: &ModelHandle,
     asked: &[Asked],
@@ -150,7 +163,7 @@ pub async fn score(
 /// Scores a caller's own hidden states, `[pos, width]` or `[width]`.
 ///
 /// # Errors
-/// [`EngineError::InvalidArgument`] for `hidden` of another width.
+/// [`EngineError::InvalidArgument`] for `hidden` of another width; [`EngineError::FailedPrecondition`] for a score that is not finite.
 pub fn score_hidden(
     asked: &Asked,
     hidden: &Tensor,
@@ -206,8 +219,7 @@ fn said(
     pooling: Option<Pooling>,
     per_token: bool,
 ) -> Result<Scores, EngineError> {
-    let scorer = asked.scorer()?;
-    let width = scorer.width();
+    let width = asked.scorer()?.width();
     let rows = values.len() / width;
     let input = pooling
         .map(|pooling| {
@@ -215,7 +227,7 @@ fn said(
             let pooled = whole.and_then(|t| reduce::pool(&t, 0, pooling));
             let pooled = pooled.map_err(EngineError::internal)?;
             let vector = pooled.to_f32().map_err(EngineError::internal)?;
-            Ok::<_, EngineError>(scorer.score(&vector))
+            asked.says(&vector)
         })
         .transpose()?;
     let each = per_token || pooling.is_none();
@@ -226,8 +238,8 @@ fn said(
         tokens: if each {
             values
                 .chunks_exact(width)
-                .map(|x| scorer.score(x))
-                .collect()
+                .map(|x| asked.says(x))
+                .collect::<Result<_, EngineError>>()?
         } else {
             Vec::new()
         },

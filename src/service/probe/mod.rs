@@ -26,8 +26,10 @@ use super::{
 };
 use crate::{
     engine::{Ctx, EngineError, Lane, ModelHandle, error::clean},
+    ipc::info::ModelInfo,
     methods::probe::{
         card::{self, Card, FORMAT, Report, TensorFile},
+        extract,
         ready::reads,
         score::{self, Wanted},
         scorer::Scorer,
@@ -124,7 +126,9 @@ impl ProbeService for ProbesOf {
     ) -> Result<Response<pb::GetProbeResponse>, Status> {
         let pb::GetProbeRequest { model, name } = request.into_inner();
         let state = self.state.clone();
-        let card = on_disk(move || state.probes_of(&named(model)?)?.card(&name)).await?;
+        let card = on_disk(move || state.probes_of(&named(model)?)?.get(&name))
+            .await?
+            .card;
         Ok(Response::new(pb::GetProbeResponse {
             probe: Some(to_proto::probe(card)),
         }))
@@ -290,7 +294,7 @@ impl State {
         let store = self.probes_of(&model)?;
         let handle = self.registry.get(&model)?;
         let info = handle.info();
-        let (card, weights) = match request.from {
+        let ((card, weights), field) = match request.from {
             None => {
                 return Err(EngineError::invalid(
                     "files",
@@ -298,113 +302,132 @@ impl State {
                 ));
             }
             Some(Given::Files(files)) => {
-                let described = card::read(&files.description)
-                    .map_err(|why| EngineError::invalid("files.description", why))?;
-                let weights = store::weights(&request.name, &files.tensors)
-                    .map_err(|e| EngineError::invalid("files.tensors", e.to_string()))?;
-                if described.fingerprint != info.fingerprint && !request.force {
-                    return Err(EngineError::precondition(format!(
-                        "the probe was trained on model \"{}\" of another fingerprint: force it if its hook points mean the same",
-                        described.model
-                    )));
-                }
-                let mut card = Card {
-                    name: request.name,
-                    model: model.clone(),
-                    fingerprint: info.fingerprint.clone(),
-                    ..described.clone()
-                };
-                if described.fingerprint != info.fingerprint {
-                    let from = format!(
-                        "taken by force from model \"{}\" of fingerprint {}",
-                        described.model, described.fingerprint
-                    );
-                    let from = clean(&from);
-                    card.reports
-                        .iter_mut()
-                        .for_each(|r| r.notes.push(from.clone()));
-                }
-                (card, weights)
+                let brought = brought(info, request.name, files, request.force)?;
+                (brought, "files.tensors")
             }
+            // Their width was looked at: only the rows may not fit the labels.
             Some(Given::Linear(linear)) => {
                 let plain = from_proto::linear(linear)?;
-                self.plain(info, request.name, plain)?
+                (plain_probe(info, request.name, plain)?, "linear.labels")
             }
         };
         for report in &card.reports {
             let scorer = Scorer::of(&card, &weights, &report.hook)
-                .map_err(|e| EngineError::invalid("files.tensors", e.to_string()))?;
+                .map_err(|why| EngineError::invalid(field, why))?;
             reads(info, &card.name, &report.hook, &scorer)?;
         }
         store.put(card, &weights, request.replace)
     }
+}
 
-    fn plain(
-        &self,
-        info: &crate::ipc::info::ModelInfo,
-        name: String,
-        plain: from_proto::Plain,
-    ) -> Result<(Card, Weights), EngineError> {
-        let hooks = [plain.hook];
-        let mut found = crate::methods::probe::extract::hooks(info, (&hooks, &[]), "linear")?;
-        let (Some(hook), true) = (found.pop(), found.is_empty()) else {
-            return Err(EngineError::invalid(
-                "linear.hook",
-                "must name one hook point",
-            ));
-        };
-        let rows = plain.bias.len();
-        if plain.weight.len() != rows * hook.width {
-            return Err(EngineError::invalid(
-                "linear.weight",
-                format!(
-                    "has {} numbers: \"{}\" has {} features, so that {rows} rows have {}",
-                    plain.weight.len(),
-                    hook.name,
-                    hook.width,
-                    rows * hook.width
-                ),
-            ));
+/// A probe of a caller's files.
+fn brought(
+    info: &ModelInfo,
+    name: String,
+    files: pb::ProbeFiles,
+    force: bool,
+) -> Result<(Card, Weights), EngineError> {
+    let mut card = card::read(&files.description)
+        .map_err(|why| EngineError::invalid("files.description", why))?;
+    let weights =
+        store::weights(&files.tensors).map_err(|why| EngineError::invalid("files.tensors", why))?;
+    if card.fingerprint != info.fingerprint {
+        if !force {
+            return Err(EngineError::precondition(format!(
+                "the probe was trained on model \"{}\" of another fingerprint: force it if its hook points mean the same",
+                card.model
+            )));
         }
-        let tensor =
-            |shape, values: &[f32]| Tensor::from_f32(shape, values).map_err(EngineError::internal);
-        let weights = BTreeMap::from([
-            (
-                format!("{}/weight", hook.name),
-                tensor(vec![rows, hook.width], &plain.weight)?,
-            ),
-            (
-                format!("{}/bias", hook.name),
-                tensor(vec![rows], &plain.bias)?,
-            ),
-        ]);
-        let card = Card {
-            format: FORMAT,
-            name,
-            model: info.name.clone(),
-            fingerprint: info.fingerprint.clone(),
-            kind: plain.kind,
-            options: BTreeMap::new(),
-            labels: plain.labels,
-            pooling: plain.pooling,
-            best: hook.name.clone(),
-            reports: vec![Report {
-                hook: hook.name,
-                layer: hook.layer,
-                converged: true,
-                notes: vec!["imported: nothing was judged here".to_owned()],
-                ..Report::default()
-            }],
-            train_examples: 0,
-            test_examples: 0,
-            split: String::new(),
-            seed: 0,
-            created: card::now(),
-            made_by: card::MADE_BY.to_owned(),
-            tensors: TensorFile::default(),
-        };
-        Ok((card, weights))
+        let from = format!(
+            "taken by force from model \"{}\" of fingerprint {}",
+            card.model, card.fingerprint
+        );
+        let from = clean(&from);
+        for report in &mut card.reports {
+            report.notes.push(from.clone());
+        }
     }
+    card.name = name;
+    card.model.clone_from(&info.name);
+    card.fingerprint.clone_from(&info.fingerprint);
+    Ok((card, weights))
+}
+
+/// A probe of plain weights.
+fn plain_probe(
+    info: &ModelInfo,
+    name: String,
+    plain: from_proto::Plain,
+) -> Result<(Card, Weights), EngineError> {
+    let hooks = [plain.hook];
+    let mut found = extract::hooks(info, (&hooks, &[]), "linear").map_err(of_one_hook)?;
+    let (Some(hook), true) = (found.pop(), found.is_empty()) else {
+        return Err(EngineError::invalid(
+            "linear.hook",
+            "must name one hook point",
+        ));
+    };
+    let rows = plain.bias.len();
+    if plain.weight.len() != rows * hook.width {
+        return Err(EngineError::invalid(
+            "linear.weight",
+            format!(
+                "has {} numbers: \"{}\" has {} features, so that {rows} rows have {}",
+                plain.weight.len(),
+                hook.name,
+                hook.width,
+                rows * hook.width
+            ),
+        ));
+    }
+    let tensor =
+        |shape, values: &[f32]| Tensor::from_f32(shape, values).map_err(EngineError::internal);
+    let weights = BTreeMap::from([
+        (
+            format!("{}/weight", hook.name),
+            tensor(vec![rows, hook.width], &plain.weight)?,
+        ),
+        (
+            format!("{}/bias", hook.name),
+            tensor(vec![rows], &plain.bias)?,
+        ),
+    ]);
+    let card = Card {
+        format: FORMAT,
+        name,
+        model: info.name.clone(),
+        fingerprint: info.fingerprint.clone(),
+        kind: plain.kind,
+        options: BTreeMap::new(),
+        labels: plain.labels,
+        pooling: plain.pooling,
+        best: hook.name.clone(),
+        reports: vec![Report {
+            hook: hook.name,
+            layer: hook.layer,
+            converged: true,
+            notes: vec!["imported: nothing was judged here".to_owned()],
+            ..Report::default()
+        }],
+        train_examples: 0,
+        test_examples: 0,
+        split: String::new(),
+        seed: 0,
+        created: card::now(),
+        made_by: card::MADE_BY.to_owned(),
+        tensors: TensorFile::default(),
+    };
+    Ok((card, weights))
+}
+
+/// An error of `linear.hooks`, which has one place only and is called `linear.hook`.
+fn of_one_hook(error: EngineError) -> EngineError {
+    if let EngineError::InvalidArgument { field, message } = &error
+        && field.starts_with("linear.hooks")
+    {
+        return EngineError::invalid("linear.hook", message);
+    }
+    error
 }
 
 async fn bulk_answer(
