@@ -148,7 +148,7 @@ struct TrainArgs {
     /// Where draws begin
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// Write the curve to a file: .png, .html or .json
+    /// Write the curve to a file, too: .png, .html or .json
     #[arg(long, short, value_name = "FILE")]
     output: Option<PathBuf>,
     /// Print JSON in place of a table
@@ -213,10 +213,10 @@ struct ScoreArgs {
 struct ShowArgs {
     #[command(flatten)]
     one: One,
-    /// Write the curve to a file: .png, .html or .json
+    /// Write the curve to a file, too: .png, .html or .json
     #[arg(long, short, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// Print JSON
+    /// Print JSON in place of a table
     #[arg(long)]
     json: bool,
 }
@@ -356,33 +356,39 @@ fn ending(path: &Path) -> Result<Ending, CliError> {
     }
 }
 
+/// Prints what is known of a probe, and writes it to a file where that is asked for.
 fn told(probe: &pb::Probe, output: Option<&Path>, json: bool) -> Result<(), CliError> {
-    if let Some(path) = output {
-        let ending = ending(path)?;
-        if directions::unjudged(probe) && !matches!(ending, Ending::Json) {
-            return Err(CliError::new(
-                "these were judged by no example: there is no curve of them",
-            )
-            .advise("write a .json, or leave -o out"));
-        }
-        let curve = show::curve(probe);
-        let bytes = match ending {
-            Ending::Png => curve::png(&curve).map_err(|e| CliError::new(e.to_string()))?,
-            Ending::Html => curve::html(&curve).into_bytes(),
-            Ending::Json => format!("{}\n", show::json(probe)).into_bytes(),
-        };
-        out::write_file(path, &bytes)?;
-        out::warn(&format!(
-            "{} ({})\n",
-            path.display(),
-            out::bytes(bytes.len() as u64)
-        ));
-        return Ok(());
+    let printed = if json {
+        out::print_json(&show::json(probe))
+    } else {
+        out::print(&show::layers(probe))
+    };
+    // A reader that left does not keep the file from being written.
+    let written = output.map_or(Ok(()), |path| written(probe, path));
+    written.and(printed)
+}
+
+fn written(probe: &pb::Probe, path: &Path) -> Result<(), CliError> {
+    let ending = ending(path)?;
+    if directions::unjudged(probe) && !matches!(ending, Ending::Json) {
+        return Err(
+            CliError::new("these were judged by no example: there is no curve of them")
+                .advise("write a .json, or leave -o out"),
+        );
     }
-    if json {
-        return out::print_json(&show::json(probe));
-    }
-    out::print(&show::layers(probe))
+    let curve = show::curve(probe);
+    let bytes = match ending {
+        Ending::Png => curve::png(&curve).map_err(|e| CliError::new(e.to_string()))?,
+        Ending::Html => curve::html(&curve).into_bytes(),
+        Ending::Json => format!("{}\n", show::json(probe)).into_bytes(),
+    };
+    out::write_file(path, &bytes)?;
+    out::warn(&format!(
+        "{} ({})\n",
+        path.display(),
+        out::bytes(bytes.len() as u64)
+    ));
+    Ok(())
 }
 
 /// `NAME`, or `NAME@HOOK` for another hook point than the best.
