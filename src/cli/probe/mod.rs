@@ -1,6 +1,7 @@
 //! `probe`: probes are trained from a file, shown, scored, and moved about.
 
 mod bulk;
+mod cut;
 pub(super) mod data;
 pub(super) mod directions;
 mod linear;
@@ -39,7 +40,7 @@ Examples:
     introspectd probe train bert --data ids.jsonl --name words --replace
   What does it say of a text, and of each token? Of all texts of a file, a line of JSON for each?
     introspectd probe score bert sentiment \"Not bad at all.\" --per-token
-    introspectd probe score bert sentiment --data reviews.tsv
+    introspectd probe score bert sentiment --data reviews.tsv --truncate
   And what would it say without a head?
     introspectd probe score bert sentiment \"Not bad at all.\" --edit 'z[layer=3;head=1] zero'
   And which words make it say so? (more under `attribute`)
@@ -149,11 +150,13 @@ struct TrainArgs {
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
     /// Write the curve to a file, too: .png, .html or .json
-    #[arg(long, short, value_name = "FILE")]
+    #[arg(long, short, value_name = "FILE", help_heading = "Output")]
     output: Option<PathBuf>,
     /// Print JSON in place of a table
-    #[arg(long)]
+    #[arg(long, help_heading = "Output")]
     json: bool,
+    #[command(flatten)]
+    texts: TextArgs,
     #[command(flatten)]
     target: Target,
 }
@@ -200,6 +203,8 @@ struct ScoreArgs {
     /// Take probes of a model with another fingerprint
     #[arg(long)]
     force: bool,
+    #[command(flatten)]
+    texts: TextArgs,
     #[command(flatten)]
     edits: EditArgs,
     /// Print JSON
@@ -254,11 +259,13 @@ async fn train(args: &TrainArgs) -> Result<(), CliError> {
         label: args.label_column.clone(),
         part: args.split_column.clone(),
         numbers: args.numbers,
+        how: args.texts.clone(),
     };
-    let examples = data::read(&args.data, &columns)?;
+    let found = data::read(&args.data, &columns)?;
+    let long = cut::texts(found.all.iter().filter_map(|e| e.input.as_ref()));
     let (session, model) = Session::for_model(&args.target, &args.model).await?;
     let header = pb::TrainHeader {
-        model,
+        model: model.clone(),
         name: args.name.clone().unwrap_or_default(),
         hooks: args.hooks.clone(),
         pooling: match args.pooling {
@@ -279,15 +286,31 @@ async fn train(args: &TrainArgs) -> Result<(), CliError> {
         ..pb::TrainHeader::default()
     };
     let bar = training::progress(io::stderr().is_terminal());
-    let trained = training::train(session.probes(), header, examples, &bar).await;
+    let trained = training::train(session.probes(), header, found.all, &bar).await;
+    let note = match &trained {
+        Ok(_) => cut::note(&session, model, long).await,
+        Err(_) => String::new(),
+    };
     session.close().await;
-    let result = trained?;
+    let result = trained.map_err(|error| {
+        error.placed(|field| {
+            let line = found.lines.get(number_of(field)?)?;
+            Some(format!("line {line} of \"{}\"", args.data.display()))
+        })
+    })?;
     let probe = result.probe.unwrap_or_default();
-    told(&probe, args.output.as_deref(), args.json)?;
+    let told = told(&probe, args.output.as_deref(), args.json);
+    out::warn(&note);
     if result.stored {
         out::warn(&format!("stored as {}\n", out::clean(&probe.name)));
     }
-    Ok(())
+    told
+}
+
+/// `7` for `examples[7].label`.
+fn number_of(field: &str) -> Option<usize> {
+    let (number, _) = field.strip_prefix("examples[")?.split_once(']')?;
+    number.parse().ok()
 }
 
 /// The kind with its options; those that it does not have are refused.
@@ -402,33 +425,59 @@ pub(super) fn reference(named: &str) -> pb::ProbeReference {
 }
 
 async fn score(args: &ScoreArgs) -> Result<(), CliError> {
-    let texts = TextArgs::default();
-    let intervention = args.edits.intervention(&texts)?;
+    let intervention = args.edits.intervention(&args.texts)?;
+    let inputs = match &args.data {
+        Some(path) => Some(data::inputs(path, &args.text_column, &args.texts)?),
+        None => None,
+    };
+    let of = args.text.as_ref().map(|text| args.texts.input(text));
+    let given = inputs.iter().flat_map(|found| &found.all);
+    let long = cut::texts(given.chain(of.as_ref()));
     let (session, model) = Session::for_model(&args.target, &args.model).await?;
     let probes = args.probes.split(',').map(|named| pb::ProbeReference {
         force: args.force,
         ..reference(named)
     });
-    let text = args.text.as_ref();
-    let of = text.map(|text| pb::score_request::Of::Input(texts.input(text)));
     let request = pb::ScoreRequest {
-        model,
+        model: model.clone(),
         probes: probes.collect(),
-        of,
+        of: of.map(pb::score_request::Of::Input),
         per_token: args.per_token,
         predict: args.predict,
         intervention,
     };
-    if let Some(path) = &args.data {
-        let scored = bulk::score(&session, request, path, &args.text_column).await;
-        session.close().await;
-        return scored;
-    }
-    let answer = session.probes().score(request).await;
+    let scored = match inputs {
+        Some(inputs) => bulk::score(&session, request, inputs).await,
+        None => one_score(&session, request, args.json).await,
+    };
+    let note = cut::note(&session, model, long).await;
     session.close().await;
-    let answer = answer?.into_inner();
-    if args.json {
+    out::warn(&note);
+    scored
+}
+
+async fn one_score(
+    session: &Session,
+    request: pb::ScoreRequest,
+    json: bool,
+) -> Result<(), CliError> {
+    let answer = session.probes().score(request).await?.into_inner();
+    if json {
         return out::print_json(&show::scores_json(&answer));
     }
     out::print(&show::scores(&answer))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_name_examples() {
+        assert_eq!(number_of("examples[7].label"), Some(7));
+        assert_eq!(number_of("examples[12].tokens.spans[3].label"), Some(12));
+        for other in ["examples", "header.hooks[1]", "examples[x].label"] {
+            assert_eq!(number_of(other), None, "{other}");
+        }
+    }
 }

@@ -112,7 +112,9 @@ pub(super) fn labels(all: &[String]) -> String {
             text.push_str(&format!(", ... {} in all", all.len()));
             break;
         }
+        let whole = more.chars().count() <= LABELS;
         text.extend(more.chars().take(LABELS));
+        text.push_str(if whole { "" } else { "..." });
     }
     text
 }
@@ -367,7 +369,7 @@ mod tests {
         assert!(many.starts_with("label0, label1, "), "{many}");
         assert!(many.ends_with(", ... 200 in all"), "{many}");
         assert!(many.chars().count() < 60, "{many}");
-        assert_eq!(labels(&["a".repeat(300)]).len(), 40);
+        assert_eq!(labels(&["a".repeat(300)]), "a".repeat(40) + "...");
         assert_eq!(labels(&["a\nb".to_owned()]), "a↵b");
     }
 
