@@ -104,9 +104,15 @@ fn a_probe_goes_from_a_file_to_scores_and_pictures() {
         ("curve.html", b"<!doctype html>"),
     ] {
         let path = place.path(name);
-        run(&["probe", "show", model, "first", "-o", &path]).ok();
+        let told = run(&["probe", "show", model, "first", "-o", &path]).ok();
+        assert!(told.out.contains("HOOK POINT"), "{}", told.out);
         assert!(std::fs::read(path).unwrap().starts_with(begins), "{name}");
     }
+    let path = place.path("trained.html");
+    let both = ["-o", &path, "--no-control", "--json"];
+    let told = run(&[&["probe", "train", model, "--data", &data][..], &both].concat()).ok();
+    serde_json::from_str::<Value>(&told.out).unwrap();
+    assert!(std::fs::read(path).unwrap().starts_with(b"<!doctype html>"));
     let scored = run(&[
         "probe",
         "score",
@@ -147,10 +153,11 @@ fn a_probe_goes_from_a_file_to_scores_and_pictures() {
     assert!(lines[0]["scores"][0]["input"]["label"].is_string());
     let some = place.file(
         "some.jsonl",
-        "{\"ids\": [2, 17, 3]}\n{\"ids\": [2, 9999999, 3]}\n",
+        "{\"ids\": [2, 17, 3]}\n\n{\"ids\": [2, 9999999, 3]}\n",
     );
     let told = run(&["probe", "score", model, "first", "--data", &some]).failed(1, "1 of 2 inputs");
     assert!(told.out.contains("vocabulary"), "{}", told.out);
+    assert!(told.out.contains("\"line\":3"), "{}", told.out);
     run(&["probe", "score", model, "first"]).failed(2, "<TEXT>");
 
     let both = run(&["probe", "score", model, "first", "the story", "--predict"]).ok();
@@ -222,11 +229,18 @@ fn mistakes_are_named() {
         "broken.jsonl",
         "{\"text\": \"a\", \"label\": \"x\"}\n{\"text\": 3}\n",
     );
+    let unlabelled = place.file("unlabelled.csv", "text,label\n\"a\nb\",x\nc, \n");
+    let vocabulary = place.file(
+        "vocabulary.jsonl",
+        "{\"text\": \"a\", \"label\": \"x\"}\n\n{\"ids\": [9999999], \"label\": \"y\"}\n",
+    );
     for (args, code, part) in [
         (vec!["--data", "/nowhere.tsv"], 1, "cannot read"),
         (vec!["--data", &strange], 2, ".tsv, .csv and .jsonl"),
         (vec!["--data", &empty], 1, "no examples"),
         (vec!["--data", &broken], 1, "line 2"),
+        (vec!["--data", &unlabelled], 1, "line 4: \"label\" is empty"),
+        (vec!["--data", &vocabulary], 1, "place   line 3 of"),
         (
             vec!["--data", &data, "--label-column", "mood"],
             1,
@@ -249,4 +263,98 @@ fn mistakes_are_named() {
         run(&all).failed(code, part);
     }
     run(&["probe", "score", model, "nothing", "a"]).failed(1, "there is no probe \"nothing\"");
+}
+
+#[test]
+fn files_are_read_as_programs_write_them() {
+    let place = Place::new();
+    let model = place.model.as_str();
+    let (mut objects, mut rows) = (String::new(), "text\tlabel\tsplit\n".to_owned());
+    for at in 0..24 {
+        let (word, part) = [("the", "Train"), ("a", "TEST")][at / 2 % 2];
+        let label = at % 2;
+        objects.push_str(&format!(
+            r#"{{"text": "{word} story", "spans": [{{"start": 0, "end": 1, "label": {label}}}], "split": "{part}"}}"#
+        ));
+        objects.push('\n');
+        rows.push_str(&format!("{word} story\tof\\{label}\t{part}\n \t\n"));
+    }
+    for (name, content) in [
+        ("marked.jsonl", format!("\u{feff}{objects}")),
+        ("SHOUTED.JSONL", objects),
+        ("marked.tsv", format!("\u{feff}{rows}")),
+        ("SHOUTED.TSV", rows.clone()),
+        (
+            "SHOUTED.Csv",
+            rows.replace('\t', ",").replace("\n ,\n", "\n \n"),
+        ),
+    ] {
+        let data = place.file(name, &content);
+        let asked = ["probe", "train", model, "--data", &data];
+        let more = ["--hooks", "hidden_states.1", "--no-control", "--json"];
+        let told = run(&[&asked[..], &more].concat()).ok();
+        let told: Value = serde_json::from_str(&told.out).unwrap();
+        assert_eq!(told["labels"].as_array().unwrap().len(), 2, "{name}");
+        assert_eq!(told["test_examples"], 12, "{name}");
+    }
+}
+
+#[test]
+fn long_texts_are_refused_or_what_is_cut_off_is_told() {
+    let place = Place::new();
+    let model = place.model.as_str();
+    let long = "story ".repeat(5000);
+    let lines: String = (0..10)
+        .map(|at| format!("{} story\t{}\n", ["a", "the"][at % 2], at % 2))
+        .collect();
+    let data = place.file("long.tsv", &format!("text\tlabel\n{lines}{long}\t1\n"));
+    let train = ["probe", "train", model, "--data", &data, "--name", "cut"];
+    let more = ["--hooks", "hidden_states.1", "--no-control"];
+    let train = [&train[..], &more].concat();
+    let told = run(&train).failed(1, "place   line 12 of");
+    assert!(told.err.contains("examples[10]"), "{}", told.err);
+    let told = run(&[&train[..], &["--truncate"]].concat()).ok();
+    assert!(
+        told.err.contains("tokens were cut off: the model takes"),
+        "{}",
+        told.err
+    );
+    let score = ["probe", "score", model, "cut"];
+    for of in [vec!["--data", &data], vec![long.as_str()]] {
+        let score = [&score[..], &of].concat();
+        let told = run(&score);
+        assert_eq!(told.code, Some(1), "{told:?}");
+        let told = run(&[&score[..], &["--truncate"]].concat()).ok();
+        assert!(
+            told.err.contains("tokens were cut off: the model takes"),
+            "{}",
+            told.err
+        );
+    }
+}
+
+#[test]
+fn labels_are_shown_on_one_line_and_short() {
+    let place = Place::new();
+    let model = place.model.as_str();
+    let labels: Vec<String> = (0..200).map(|at| format!("class\n\u{202e}{at}")).collect();
+    let linear = serde_json::json!({
+        "hook": "hidden_states.1", "pooling": "mean", "labels": labels, "weight": vec![vec![0.5; 32]; 200], "bias": vec![0.0; 200],
+    });
+    let weights = place.file("weights.json", &linear.to_string());
+    run(&["probe", "import", model, "many", "--linear", &weights]).ok();
+    let listed = run(&["probe", "list", model]).ok().out;
+    let scored = run(&["probe", "score", model, "many", "the story"])
+        .ok()
+        .out;
+    assert!(listed.contains("... 200 in all"), "{listed}");
+    assert_eq!(listed.lines().count(), 2, "{listed}");
+    assert!(
+        listed.lines().all(|line| line.chars().count() < 160),
+        "{listed}"
+    );
+    for told in [listed, scored] {
+        assert!(told.contains("class↵\u{fffd}"), "{told}");
+        assert!(!told.contains('\u{202e}'), "{told}");
+    }
 }

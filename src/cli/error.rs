@@ -16,7 +16,12 @@ pub(super) enum CliError {
     /// The command line means nothing; beyond what the parser of the command line finds.
     Usage(String),
     /// The daemon refused or failed a call.
-    Refused(Box<Status>),
+    Refused {
+        /// What it said.
+        status: Box<Status>,
+        /// Where what it refused is in a file of the caller's, if we know.
+        place: Option<String>,
+    },
     /// Everything else.
     Other {
         /// What happened.
@@ -46,7 +51,25 @@ impl CliError {
             },
             other @ (CliError::Closed
             | CliError::Usage(_)
-            | CliError::Refused(_)
+            | CliError::Refused { .. }
+            | CliError::Told) => other,
+        }
+    }
+
+    /// Says where in a file a refused field is, where `place` knows that.
+    pub(super) fn placed(self, of: impl Fn(&str) -> Option<String>) -> Self {
+        match self {
+            CliError::Refused { status, .. } => {
+                let details = status.get_error_details();
+                let fields = details.bad_request().into_iter();
+                let place = fields
+                    .flat_map(|b| &b.field_violations)
+                    .find_map(|violation| of(&violation.field));
+                CliError::Refused { status, place }
+            }
+            other @ (CliError::Closed
+            | CliError::Usage(_)
+            | CliError::Other { .. }
             | CliError::Told) => other,
         }
     }
@@ -60,7 +83,7 @@ impl CliError {
         match self {
             CliError::Closed => ExitCode::SUCCESS,
             CliError::Usage(_) => ExitCode::from(2),
-            CliError::Refused(_) | CliError::Other { .. } | CliError::Told => ExitCode::FAILURE,
+            CliError::Refused { .. } | CliError::Other { .. } | CliError::Told => ExitCode::FAILURE,
         }
     }
 
@@ -70,7 +93,7 @@ impl CliError {
             CliError::Usage(message) => {
                 format!("error: {message}\n\nFor more information, try '--help'.\n")
             }
-            CliError::Refused(status) => refused(status),
+            CliError::Refused { status, place } => refused(status, place.as_deref()),
             CliError::Other { message, advice } => {
                 let mut text = format!("error: {message}\n");
                 if let Some(advice) = advice {
@@ -84,7 +107,10 @@ impl CliError {
 
 impl From<Status> for CliError {
     fn from(status: Status) -> Self {
-        CliError::Refused(Box::new(status))
+        CliError::Refused {
+            status: Box::new(status),
+            place: None,
+        }
     }
 }
 
@@ -100,7 +126,7 @@ impl From<io::Error> for CliError {
 }
 
 /// A status with its details, one fact a line.
-fn refused(status: &Status) -> String {
+fn refused(status: &Status, place: Option<&str>) -> String {
     let details = status.get_error_details();
     let mut text = format!("error: {}\n", clean(status.message()));
     let mut line = |name: &str, value: &str| {
@@ -116,6 +142,9 @@ fn refused(status: &Status) -> String {
         .flat_map(|b| &b.field_violations)
     {
         line("field", &violation.field);
+    }
+    if let Some(place) = place {
+        line("place", place);
     }
     let retry = details.retry_info().and_then(|r| r.retry_delay);
     match (retry, advice(status.code())) {
@@ -178,6 +207,18 @@ mod tests {
         assert!(text.contains("code    INVALID_ARGUMENT"), "{text}");
         assert!(text.contains("reason  UNKNOWN_HOOK"), "{text}");
         assert!(text.contains("field   selection.hooks[0]"), "{text}");
+    }
+
+    #[test]
+    fn a_refused_field_has_its_place_where_that_is_known() {
+        let mut details = ErrorDetails::new();
+        details.add_bad_request_violation("examples[1].label", "is empty");
+        let status = Status::with_error_details(Code::InvalidArgument, "is empty", details);
+        let place = |field: &str| field.starts_with("examples").then(|| "line 3".to_owned());
+        let text = CliError::from(status.clone()).placed(place).text();
+        assert!(text.contains("  place   line 3\n"), "{text}");
+        let text = CliError::from(status).placed(|_| None).text();
+        assert!(!text.contains("place"), "{text}");
     }
 
     #[test]

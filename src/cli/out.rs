@@ -53,17 +53,25 @@ pub(super) fn width() -> Option<usize> {
     Some(told.or_else(asked).unwrap_or(80).max(NARROWEST))
 }
 
-/// Text of others: control characters become visible, line breaks stay.
+/// Text of others: characters that steer the terminal become visible, line breaks stay.
 pub(super) fn clean(text: &str) -> String {
-    text.chars()
-        .map(|c| {
-            if c.is_control() && c != '\n' {
-                '\u{fffd}'
-            } else {
-                c
-            }
-        })
-        .collect()
+    let shown = |c| if steers(c) { '\u{fffd}' } else { c };
+    text.chars().map(shown).collect()
+}
+
+/// The same on one line: line breaks become visible, too.
+pub(super) fn line(text: &str) -> String {
+    clean(text).replace('\n', "↵")
+}
+
+/// Control characters, those that end lines elsewhere, and those that turn the direction of what follows (Unicode's `Bidi_Control`).
+fn steers(c: char) -> bool {
+    match c {
+        '\n' => false,
+        '\u{061c}' | '\u{200e}' | '\u{200f}' => true,
+        '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => true,
+        other => other.is_control(),
+    }
 }
 
 /// Emphasis, where the reader can see it.
@@ -110,14 +118,14 @@ impl Paint {
     }
 }
 
-/// A table with a line under its heading that fits the terminal. Cells are cleaned.
+/// A table with a line under its heading that fits the terminal. Cells are cleaned, and are of one line.
 pub(super) fn table(heading: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_preset(presets::NOTHING);
     let paint = Paint::of_stdout();
     table.set_header(heading.iter().map(|h| h.to_uppercase()));
     for row in rows {
-        table.add_row(row.iter().map(|cell| clean(cell)));
+        table.add_row(row.iter().map(|cell| line(cell)));
     }
     match width() {
         Some(width) => fit(&mut table, width),
@@ -229,6 +237,16 @@ mod tests {
         );
         assert!(!text.contains('\x1b'), "{text:?}");
         assert!(text.starts_with(" NAME"), "{text:?}");
+        let text = table(&["name"], [vec!["a\nb\u{202e}c".to_owned()]]);
+        assert!(text.contains("a↵b\u{fffd}c"), "{text:?}");
+    }
+
+    #[test]
+    fn what_turns_the_direction_of_text_becomes_visible() {
+        let turns = "\u{061c}\u{200e}\u{200f}\u{202a}\u{202e}\u{2066}\u{2069}\u{2028}\r";
+        assert!(clean(turns).chars().all(|c| c == '\u{fffd}'));
+        assert_eq!(clean("שלום ü\nb"), "שלום ü\nb");
+        assert_eq!(line("a\nb"), "a↵b");
     }
 
     #[test]

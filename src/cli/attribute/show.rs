@@ -19,7 +19,7 @@ pub(super) fn page(found: &Explained) -> String {
     let mut text = format!(
         "{}  {}\n\n",
         paint.bold(&clean(&found.header.model)),
-        paint.dim(&clean(&format!(
+        paint.dim(&out::line(&format!(
             "{}, {}",
             found.header.method,
             found.target()

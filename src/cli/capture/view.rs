@@ -6,7 +6,7 @@ use crate::{
     cli::{
         assemble::{Captured, Data, Named, Sparse},
         error::CliError,
-        out::clean,
+        out::{clean, line},
         picture::{Attention, Layer},
     },
     service::wire::introspect::{Candidate, Prediction, Token},
@@ -124,7 +124,7 @@ fn headline(prediction: &Prediction) -> String {
 }
 
 fn best(c: &Candidate) -> String {
-    let label = clean(&c.label);
+    let label = line(&c.label);
     match c.probability {
         Some(p) => format!("{label} ({p:.2})"),
         None => format!("{label} ({:.2})", c.logit),

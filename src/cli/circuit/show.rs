@@ -53,7 +53,7 @@ fn told(found: &Found) -> String {
 /// The edges that were kept.
 pub(super) fn page(found: &Found) -> String {
     let edges = &found.circuit.edges;
-    let mut text = format!("{}\n\n", clean(&headline(found)));
+    let mut text = format!("{}\n\n", out::line(&headline(found)));
     let rows = edges.iter().take(LISTED).map(|edge| {
         vec![
             format!("{} → {}", name(found, edge.from), name(found, edge.to)),
@@ -89,7 +89,7 @@ pub(super) fn dot(found: &Found) -> String {
         .fold(f64::MIN_POSITIVE, f64::max);
     let mut text = format!(
         "// {}\n// {}\ndigraph circuit {{\n  rankdir=BT;\n  node [shape=box, style=rounded];\n",
-        clean(&headline(found)),
+        out::line(&headline(found)),
         told(found)
     );
     let nodes: BTreeSet<u32> = edges.iter().flat_map(|e| [e.from, e.to]).collect();

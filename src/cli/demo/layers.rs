@@ -4,6 +4,7 @@ use indicatif::ProgressBar;
 
 use crate::{
     cli::{
+        capture::select::TextArgs,
         client::Session,
         error::CliError,
         picture::curve,
@@ -13,7 +14,7 @@ use crate::{
 };
 
 /// Texts with the sentiment that people gave them, see `assets/README.md`.
-const TEXTS: &[u8] = include_bytes!("../../../assets/texts.tsv");
+const TEXTS: &str = include_str!("../../../assets/texts.tsv");
 /// So many of them, so that it takes a second.
 const EXAMPLES: usize = 240;
 
@@ -24,8 +25,14 @@ pub(super) async fn train(session: &Session, model: &str) -> Result<pb::Probe, C
         label: "label".to_owned(),
         part: String::new(),
         numbers: false,
+        how: TextArgs {
+            truncate: true,
+            ..TextArgs::default()
+        },
     };
-    let mut examples = data::table(TEXTS, b'\t', &columns).map_err(CliError::new)?;
+    let mut examples = data::table(TEXTS, b'\t', &columns)
+        .map_err(CliError::new)?
+        .all;
     examples.truncate(EXAMPLES);
     let header = pb::TrainHeader {
         model: model.to_owned(),

@@ -45,7 +45,7 @@ fn row(change: &pb::Change) -> Vec<String> {
     let name = if change.label.is_empty() {
         change.index.to_string()
     } else {
-        out::clean(&change.label)
+        out::line(&change.label)
     };
     let (before, after) = (change.probability_before, change.probability_after);
     vec![

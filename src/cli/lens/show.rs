@@ -41,7 +41,7 @@ pub(super) fn page(found: &Lensed) -> String {
     let mut text = format!(
         "{}  {}\n",
         paint.bold(&clean(&found.header.model)),
-        paint.dim(&clean(&about.join(", ")))
+        paint.dim(&out::line(&about.join(", ")))
     );
     if found.array("top_index").is_some() {
         let _ = write!(text, "\n{}", says(found));
@@ -127,7 +127,7 @@ fn best(found: &Lensed, prefix: &str, place: usize) -> String {
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // it came as a whole number
     let name = first("top_index").map_or(String::new(), |i| found.label(i as u32));
     // A space that begins a token is a part of it.
-    let name = label(&clean(&name).replace('\n', "↵"), TOKEN);
+    let name = label(&out::line(&name), TOKEN);
     match (first("top_probability"), first("top_logit")) {
         (Some(p), _) => format!("{name} {p:.2}"),
         (None, Some(logit)) => format!("{name} {logit:.2}"),
@@ -164,7 +164,7 @@ fn bars(found: &Lensed) -> String {
     let _ = writeln!(
         text,
         "  sum = {} = {:.5}",
-        clean(&found.target()),
+        out::line(&found.target()),
         facts.value
     );
     text

@@ -1,26 +1,24 @@
 //! Many inputs scored over one stream: a line of JSON for each, in their order.
 
-use std::path::Path;
-
 use futures::stream;
 use serde_json::json;
 
-use super::{data, show};
+use super::{data::Found, show};
 use crate::{
     cli::{client::Session, error::CliError, out},
     service::wire::introspect::{self as pb, score_request::Of, score_stream_response::Answer},
 };
 
-/// Scores the inputs of a file as `like` asks for. An input that fails has a line that says why, and the command fails at its end.
+/// Scores the inputs of a file as `like` asks for. An input that fails has a line that says why and where in the file it is, and the
+/// command fails at its end.
 pub(super) async fn score(
     session: &Session,
     like: pb::ScoreRequest,
-    path: &Path,
-    text: &str,
+    inputs: Found<pb::Input>,
 ) -> Result<(), CliError> {
-    let inputs = data::inputs(path, text)?;
-    let count = inputs.len() as u64;
-    let requests = inputs.into_iter().enumerate().map(move |(at, input)| {
+    let count = inputs.all.len() as u64;
+    let lines = inputs.lines;
+    let requests = inputs.all.into_iter().enumerate().map(move |(at, input)| {
         let request = pb::ScoreRequest {
             of: Some(Of::Input(input)),
             ..like.clone()
@@ -42,7 +40,7 @@ pub(super) async fn score(
                 line
             }
             Some(Answer::Failure(failure)) => json!({
-                "id": message.id, "error": failure.message, "field": failure.field,
+                "id": message.id, "line": line_of(&lines, &message.id), "error": failure.message, "field": failure.field,
             }),
             Some(Answer::Summary(summary)) => {
                 ended = Some(summary);
@@ -62,4 +60,10 @@ pub(super) async fn score(
             "the daemon ended its answer before it was complete: try again",
         )),
     }
+}
+
+/// The line of the file at which an input begins.
+fn line_of(lines: &[usize], id: &str) -> Option<usize> {
+    let at: usize = id.parse().ok()?;
+    lines.get(at).copied()
 }

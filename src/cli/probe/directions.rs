@@ -23,11 +23,11 @@ pub(in crate::cli) fn layers(probe: &pb::Probe) -> String {
         "  {} of {} examples, from {}; separation is in standard deviations of the same examples, * is taken unless another is named\n",
         probe.kind,
         probe.train_examples,
-        out::clean(&probe.labels.join(" to "))
+        out::line(&probe.labels.join(" to "))
     ));
     for report in &probe.reports {
         for note in &report.notes {
-            text.push_str(&format!("  {}: {}\n", report.hook, out::clean(note)));
+            text.push_str(&format!("  {}: {}\n", report.hook, out::line(note)));
         }
     }
     text

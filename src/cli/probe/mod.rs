@@ -1,6 +1,7 @@
 //! `probe`: probes are trained from a file, shown, scored, and moved about.
 
 mod bulk;
+mod cut;
 pub(super) mod data;
 pub(super) mod directions;
 mod linear;
@@ -39,7 +40,7 @@ Examples:
     introspectd probe train bert --data ids.jsonl --name words --replace
   What does it say of a text, and of each token? Of all texts of a file, a line of JSON for each?
     introspectd probe score bert sentiment \"Not bad at all.\" --per-token
-    introspectd probe score bert sentiment --data reviews.tsv
+    introspectd probe score bert sentiment --data reviews.tsv --truncate
   And what would it say without a head?
     introspectd probe score bert sentiment \"Not bad at all.\" --edit 'z[layer=3;head=1] zero'
   And which words make it say so? (more under `attribute`)
@@ -148,12 +149,14 @@ struct TrainArgs {
     /// Where draws begin
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// Write the curve to a file: .png, .html or .json
-    #[arg(long, short, value_name = "FILE")]
+    /// Write the curve to a file, too: .png, .html or .json
+    #[arg(long, short, value_name = "FILE", help_heading = "Output")]
     output: Option<PathBuf>,
     /// Print JSON in place of a table
-    #[arg(long)]
+    #[arg(long, help_heading = "Output")]
     json: bool,
+    #[command(flatten)]
+    texts: TextArgs,
     #[command(flatten)]
     target: Target,
 }
@@ -201,6 +204,8 @@ struct ScoreArgs {
     #[arg(long)]
     force: bool,
     #[command(flatten)]
+    texts: TextArgs,
+    #[command(flatten)]
     edits: EditArgs,
     /// Print JSON
     #[arg(long, help_heading = "Output")]
@@ -213,10 +218,10 @@ struct ScoreArgs {
 struct ShowArgs {
     #[command(flatten)]
     one: One,
-    /// Write the curve to a file: .png, .html or .json
+    /// Write the curve to a file, too: .png, .html or .json
     #[arg(long, short, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// Print JSON
+    /// Print JSON in place of a table
     #[arg(long)]
     json: bool,
 }
@@ -254,11 +259,13 @@ async fn train(args: &TrainArgs) -> Result<(), CliError> {
         label: args.label_column.clone(),
         part: args.split_column.clone(),
         numbers: args.numbers,
+        how: args.texts.clone(),
     };
-    let examples = data::read(&args.data, &columns)?;
+    let found = data::read(&args.data, &columns)?;
+    let long = cut::texts(found.all.iter().filter_map(|e| e.input.as_ref()));
     let (session, model) = Session::for_model(&args.target, &args.model).await?;
     let header = pb::TrainHeader {
-        model,
+        model: model.clone(),
         name: args.name.clone().unwrap_or_default(),
         hooks: args.hooks.clone(),
         pooling: match args.pooling {
@@ -279,15 +286,31 @@ async fn train(args: &TrainArgs) -> Result<(), CliError> {
         ..pb::TrainHeader::default()
     };
     let bar = training::progress(io::stderr().is_terminal());
-    let trained = training::train(session.probes(), header, examples, &bar).await;
+    let trained = training::train(session.probes(), header, found.all, &bar).await;
+    let note = match &trained {
+        Ok(_) => cut::note(&session, model, long).await,
+        Err(_) => String::new(),
+    };
     session.close().await;
-    let result = trained?;
+    let result = trained.map_err(|error| {
+        error.placed(|field| {
+            let line = found.lines.get(number_of(field)?)?;
+            Some(format!("line {line} of \"{}\"", args.data.display()))
+        })
+    })?;
     let probe = result.probe.unwrap_or_default();
-    told(&probe, args.output.as_deref(), args.json)?;
+    let told = told(&probe, args.output.as_deref(), args.json);
+    out::warn(&note);
     if result.stored {
         out::warn(&format!("stored as {}\n", out::clean(&probe.name)));
     }
-    Ok(())
+    told
+}
+
+/// `7` for `examples[7].label`.
+fn number_of(field: &str) -> Option<usize> {
+    let (number, _) = field.strip_prefix("examples[")?.split_once(']')?;
+    number.parse().ok()
 }
 
 /// The kind with its options; those that it does not have are refused.
@@ -356,33 +379,39 @@ fn ending(path: &Path) -> Result<Ending, CliError> {
     }
 }
 
+/// Prints what is known of a probe, and writes it to a file where that is asked for.
 fn told(probe: &pb::Probe, output: Option<&Path>, json: bool) -> Result<(), CliError> {
-    if let Some(path) = output {
-        let ending = ending(path)?;
-        if directions::unjudged(probe) && !matches!(ending, Ending::Json) {
-            return Err(CliError::new(
-                "these were judged by no example: there is no curve of them",
-            )
-            .advise("write a .json, or leave -o out"));
-        }
-        let curve = show::curve(probe);
-        let bytes = match ending {
-            Ending::Png => curve::png(&curve).map_err(|e| CliError::new(e.to_string()))?,
-            Ending::Html => curve::html(&curve).into_bytes(),
-            Ending::Json => format!("{}\n", show::json(probe)).into_bytes(),
-        };
-        out::write_file(path, &bytes)?;
-        out::warn(&format!(
-            "{} ({})\n",
-            path.display(),
-            out::bytes(bytes.len() as u64)
-        ));
-        return Ok(());
+    let printed = if json {
+        out::print_json(&show::json(probe))
+    } else {
+        out::print(&show::layers(probe))
+    };
+    // A reader that left does not keep the file from being written.
+    let written = output.map_or(Ok(()), |path| written(probe, path));
+    written.and(printed)
+}
+
+fn written(probe: &pb::Probe, path: &Path) -> Result<(), CliError> {
+    let ending = ending(path)?;
+    if directions::unjudged(probe) && !matches!(ending, Ending::Json) {
+        return Err(
+            CliError::new("these were judged by no example: there is no curve of them")
+                .advise("write a .json, or leave -o out"),
+        );
     }
-    if json {
-        return out::print_json(&show::json(probe));
-    }
-    out::print(&show::layers(probe))
+    let curve = show::curve(probe);
+    let bytes = match ending {
+        Ending::Png => curve::png(&curve).map_err(|e| CliError::new(e.to_string()))?,
+        Ending::Html => curve::html(&curve).into_bytes(),
+        Ending::Json => format!("{}\n", show::json(probe)).into_bytes(),
+    };
+    out::write_file(path, &bytes)?;
+    out::warn(&format!(
+        "{} ({})\n",
+        path.display(),
+        out::bytes(bytes.len() as u64)
+    ));
+    Ok(())
 }
 
 /// `NAME`, or `NAME@HOOK` for another hook point than the best.
@@ -396,33 +425,59 @@ pub(super) fn reference(named: &str) -> pb::ProbeReference {
 }
 
 async fn score(args: &ScoreArgs) -> Result<(), CliError> {
-    let texts = TextArgs::default();
-    let intervention = args.edits.intervention(&texts)?;
+    let intervention = args.edits.intervention(&args.texts)?;
+    let inputs = match &args.data {
+        Some(path) => Some(data::inputs(path, &args.text_column, &args.texts)?),
+        None => None,
+    };
+    let of = args.text.as_ref().map(|text| args.texts.input(text));
+    let given = inputs.iter().flat_map(|found| &found.all);
+    let long = cut::texts(given.chain(of.as_ref()));
     let (session, model) = Session::for_model(&args.target, &args.model).await?;
     let probes = args.probes.split(',').map(|named| pb::ProbeReference {
         force: args.force,
         ..reference(named)
     });
-    let text = args.text.as_ref();
-    let of = text.map(|text| pb::score_request::Of::Input(texts.input(text)));
     let request = pb::ScoreRequest {
-        model,
+        model: model.clone(),
         probes: probes.collect(),
-        of,
+        of: of.map(pb::score_request::Of::Input),
         per_token: args.per_token,
         predict: args.predict,
         intervention,
     };
-    if let Some(path) = &args.data {
-        let scored = bulk::score(&session, request, path, &args.text_column).await;
-        session.close().await;
-        return scored;
-    }
-    let answer = session.probes().score(request).await;
+    let scored = match inputs {
+        Some(inputs) => bulk::score(&session, request, inputs).await,
+        None => one_score(&session, request, args.json).await,
+    };
+    let note = cut::note(&session, model, long).await;
     session.close().await;
-    let answer = answer?.into_inner();
-    if args.json {
+    out::warn(&note);
+    scored
+}
+
+async fn one_score(
+    session: &Session,
+    request: pb::ScoreRequest,
+    json: bool,
+) -> Result<(), CliError> {
+    let answer = session.probes().score(request).await?.into_inner();
+    if json {
         return out::print_json(&show::scores_json(&answer));
     }
     out::print(&show::scores(&answer))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_name_examples() {
+        assert_eq!(number_of("examples[7].label"), Some(7));
+        assert_eq!(number_of("examples[12].tokens.spans[3].label"), Some(12));
+        for other in ["examples", "header.hooks[1]", "examples[x].label"] {
+            assert_eq!(number_of(other), None, "{other}");
+        }
+    }
 }

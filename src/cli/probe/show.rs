@@ -14,6 +14,9 @@ use crate::{
 /// Characters of the longest bar.
 const BAR: f64 = 24.0;
 
+/// Characters of the classes that a list shows.
+const LABELS: usize = 40;
+
 /// A line for each hook point, the best marked.
 pub(in crate::cli) fn layers(probe: &pb::Probe) -> String {
     if directions::unjudged(probe) {
@@ -93,8 +96,25 @@ pub(in crate::cli) fn layers(probe: &pb::Probe) -> String {
     }
     for report in &probe.reports {
         for note in &report.notes {
-            text.push_str(&format!("  {}: {}\n", report.hook, out::clean(note)));
+            text.push_str(&format!("  {}: {}\n", report.hook, out::line(note)));
         }
+    }
+    text
+}
+
+/// The first of the classes and how many there are, in a width that a table bears.
+pub(super) fn labels(all: &[String]) -> String {
+    let mut text = String::new();
+    for (at, label) in all.iter().enumerate() {
+        let label = out::line(label);
+        let more = if at == 0 { label } else { format!(", {label}") };
+        if at > 0 && text.chars().count() + more.chars().count() > LABELS {
+            text.push_str(&format!(", ... {} in all", all.len()));
+            break;
+        }
+        let whole = more.chars().count() <= LABELS;
+        text.extend(more.chars().take(LABELS));
+        text.push_str(if whole { "" } else { "..." });
     }
     text
 }
@@ -340,6 +360,18 @@ pub(in crate::cli) fn scores_json(answer: &pb::ScoreResponse) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn many_classes_are_shortened() {
+        let names = |n: usize| (0..n).map(|i| format!("label{i}")).collect::<Vec<_>>();
+        assert_eq!(labels(&names(3)), "label0, label1, label2");
+        let many = labels(&names(200));
+        assert!(many.starts_with("label0, label1, "), "{many}");
+        assert!(many.ends_with(", ... 200 in all"), "{many}");
+        assert!(many.chars().count() < 60, "{many}");
+        assert_eq!(labels(&["a".repeat(300)]), "a".repeat(40) + "...");
+        assert_eq!(labels(&["a\nb".to_owned()]), "a↵b");
+    }
 
     #[test]
     fn short_names_begin_with_what_tells_them_apart() {

@@ -101,7 +101,7 @@ pub(super) async fn list(args: &ListArgs) -> Result<(), CliError> {
         let of = if p.labels.is_empty() {
             "numbers".to_owned()
         } else {
-            p.labels.join(", ")
+            show::labels(&p.labels)
         };
         vec![
             p.model.clone(),

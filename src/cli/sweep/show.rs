@@ -26,7 +26,7 @@ const COLUMNS: usize = 120;
 /// Heat maps, and the parts that matter most.
 pub(in crate::cli) fn page(found: &Swept) -> String {
     let header = &found.header;
-    let mut text = format!("{}\n", clean(&headline(found)));
+    let mut text = format!("{}\n", out::line(&headline(found)));
     let width = out::width().unwrap_or(COLUMNS);
     for grid in grids(found) {
         if grid.values.ncols() <= WIDEST {
