@@ -3,6 +3,8 @@
 //! ```text
 //!   HOOK [ KEY=N,... ; KEY=N,... ] OPERATION ARGUMENT...
 //! ```
+//!
+//! A number may be a range, as in `layer=0,4-7` and `pos=-4--1`.
 
 use std::path::{Path, PathBuf};
 
@@ -10,7 +12,10 @@ use clap::Args;
 
 use crate::{
     cli::{
-        capture::{inputs, select::TextArgs},
+        capture::{
+            inputs,
+            select::{TextArgs, ranges},
+        },
         error::CliError,
     },
     service::wire::introspect::{self as pb, edit::Operation, vector::Of},
@@ -162,11 +167,11 @@ fn place(text: &str) -> Result<(pb::Edit, &str), String> {
             .split_once('=')
             .ok_or_else(|| format!("\"{part}\" is not KEY=N,..."))?;
         match key.trim() {
-            "layer" => edit.layers = numbers(given)?,
-            "head" => edit.heads = numbers(given)?,
-            "dim" => edit.dims = numbers(given)?,
-            "pos" => edit.positions = numbers(given)?,
-            "key" => edit.keys = numbers(given)?,
+            "layer" => edit.layers = ranges(given)?,
+            "head" => edit.heads = ranges(given)?,
+            "dim" => edit.dims = ranges(given)?,
+            "pos" => edit.positions = ranges(given)?,
+            "key" => edit.keys = ranges(given)?,
             other => {
                 return Err(format!(
                     "\"{other}\" is none of layer, head, pos, key and dim"
@@ -193,7 +198,7 @@ fn operation(text: &str) -> Result<Operation, String> {
             high: Some(number(high)?),
         }),
         ["interchange"] => interchange(Vec::new()),
-        ["interchange", positions] => interchange(numbers(positions)?),
+        ["interchange", positions] => interchange(ranges(positions)?),
         ["project-out", what] => Operation::ProjectOut(direction(what)?),
         _ => return Err(format!("\"{}\" is none of {OPERATIONS}", text.trim())),
     })
@@ -277,15 +282,6 @@ fn number(text: &str) -> Result<f32, String> {
     text.parse().map_err(|_| format!("\"{text}\" is no number"))
 }
 
-fn numbers<N: std::str::FromStr>(text: &str) -> Result<Vec<N>, String> {
-    let each = text.split(',').map(str::trim);
-    each.map(|n| {
-        n.parse()
-            .map_err(|_| format!("\"{n}\" is no number of that"))
-    })
-    .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -306,6 +302,16 @@ mod tests {
         assert_eq!(add.scale, Some(-4.0));
         assert_eq!(parse("embed noise 0.1 7").unwrap().hook, "embed");
         assert_eq!(parse(" pattern[key=0] scale 0.5 ").unwrap().keys, [0]);
+    }
+
+    #[test]
+    fn numbers_may_be_ranges() {
+        let edit = parse("z[layer=0-2,5;head=1-2;pos=-3--1] zero").unwrap();
+        assert_eq!(edit.layers, [0, 1, 2, 5]);
+        assert_eq!(
+            (&edit.heads[..], &edit.positions[..]),
+            (&[1, 2][..], &[-3, -2, -1][..])
+        );
     }
 
     #[test]
@@ -331,6 +337,8 @@ mod tests {
             ("z[head] zero", "KEY=N"),
             ("z[neck=1] zero", "none of layer"),
             ("z[head=-1] zero", "no number"),
+            ("z[pos=-2-1] zero", "a range of each"),
+            ("z[layer=3-1] zero", "no range"),
             ("z nothing", "none of zero"),
             ("z scale much", "no number"),
             ("z add none.npz", "none.npz"),
