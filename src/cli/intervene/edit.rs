@@ -14,7 +14,7 @@ use crate::{
     cli::{
         capture::{
             inputs,
-            select::{TextArgs, ranges},
+            select::{TextArgs, of_ids, ranges},
         },
         error::CliError,
     },
@@ -36,11 +36,20 @@ pub(in crate::cli) struct EditArgs {
     /// Text whose run the operation `interchange` takes from
     #[arg(long, value_name = "TEXT", requires = "edits")]
     source: Option<String>,
+    /// The same as token ids
+    #[arg(
+        long,
+        value_name = "ID,...",
+        value_delimiter = ',',
+        requires = "edits",
+        conflicts_with = "source"
+    )]
+    source_ids: Vec<u32>,
     #[command(flatten)]
     mean: MeanArgs,
 }
 
-/// Texts that a mean is over.
+/// Inputs that a mean is over.
 #[derive(Args, Clone, Debug)]
 pub(in crate::cli) struct MeanArgs {
     /// Text of those that a mean is over (may be given more than once)
@@ -49,6 +58,21 @@ pub(in crate::cli) struct MeanArgs {
     /// The same: every line of a file
     #[arg(long, value_name = "FILE")]
     mean_file: Option<PathBuf>,
+    /// Token ids of an input that a mean is over (may be given more than once)
+    #[arg(long, value_name = "ID,...", value_parser = ids)]
+    mean_ids: Vec<Ids>,
+}
+
+/// Token ids of one input.
+#[derive(Clone, Debug)]
+struct Ids(Vec<u32>);
+
+fn ids(text: &str) -> Result<Ids, String> {
+    let each = text.split(',').map(|id| {
+        let id = id.trim();
+        id.parse().map_err(|_| format!("\"{id}\" is no token id"))
+    });
+    each.collect::<Result<_, _>>().map(Ids)
 }
 
 impl MeanArgs {
@@ -65,7 +89,9 @@ impl MeanArgs {
                 return Err(named("holds no text".into()));
             }
         }
-        Ok(texts.iter().map(|text| how.input(text)).collect())
+        let texts = texts.iter().map(|text| how.input(text));
+        let ids = self.mean_ids.iter().map(|ids| of_ids(&ids.0));
+        Ok(texts.chain(ids).collect())
     }
 }
 
@@ -86,16 +112,18 @@ impl EditArgs {
         }
         if (means == 0) != inputs.is_empty() {
             return Err(CliError::Usage(
-                "the operation `mean` and the texts that it is over belong together: give both --edit '... mean' and --mean or --mean-file"
+                "the operation `mean` and what it is over belong together: give both --edit '... mean' and --mean, --mean-file or --mean-ids"
                     .into(),
             ));
         }
         if edits.is_empty() {
             return Ok(None);
         }
-        let sources = self.source.iter().map(|text| {
+        let ids = (!self.source_ids.is_empty()).then(|| of_ids(&self.source_ids));
+        let source = self.source.as_ref().map(|text| texts.input(text)).or(ids);
+        let sources = source.into_iter().map(|input| {
             let source = pb::InterventionSource {
-                input: Some(texts.input(text)),
+                input: Some(input),
                 edits: Vec::new(),
             };
             (SOURCE.to_owned(), source)
