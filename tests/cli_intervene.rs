@@ -2,7 +2,11 @@
 
 mod cli_support;
 
+use std::{fs::File, path::Path};
+
 use cli_support::{fixture, run};
+use ndarray::ArrayD;
+use ndarray_npy::NpzReader;
 use serde_json::Value;
 
 fn model(name: &str) -> String {
@@ -167,4 +171,171 @@ fn mistakes_are_said() {
     ask("z[head=99] zero").failed(1, "intervention.edits[0].heads");
     ask("resid_pre interchange").failed(1, "intervention.edits[0].interchange.source");
     ask("resid_pre[layer=1] add probe:nobody").failed(1, "nobody");
+}
+
+/// Runs with the heads of the first layer gone, and more arguments.
+const SILENT: [&str; 3] = ["the film is good", "--edit", "z[layer=0] zero"];
+
+/// An array of an .npz file.
+fn array(path: &Path, name: &str) -> ArrayD<f32> {
+    let mut npz = NpzReader::new(File::open(path).unwrap()).unwrap();
+    npz.by_name(name).unwrap()
+}
+
+#[test]
+fn hook_points_of_both_runs_are_compared() {
+    let bert = model("bert.legacy14");
+    let plain = [&["intervene", &bert], &SILENT[..]].concat();
+    let hooks = ["--hooks", "resid_pre,pattern", "--layers", "0-1"];
+    let page = run(&[&plain[..], &hooks].concat()).ok().out;
+    for part in [
+        "total variation",
+        "RELATIVE CHANGE",
+        "blocks.0.hook_resid_pre",
+    ] {
+        assert!(page.contains(part), "{part} in {page}");
+    }
+    let page = run(&plain).ok().out;
+    assert!(!page.contains("RELATIVE CHANGE"), "{page}");
+
+    let told = json(&[&plain[..], &hooks].concat());
+    let of = |name: &str| {
+        let mut hooks = told["hooks"].as_array().unwrap().iter();
+        hooks.find(|h| h["name"] == name).unwrap()["relative_change"].as_f64()
+    };
+    assert_eq!(of("blocks.0.hook_resid_pre"), Some(0.0), "before the edit");
+    assert!(of("blocks.1.hook_resid_pre") > Some(0.0), "behind it");
+    let tensors = &told["tensors"];
+    let shape = &tensors["modified:blocks.1.attn.hook_pattern"]["shape"];
+    assert_eq!(
+        shape,
+        &tensors["original:blocks.1.attn.hook_pattern"]["shape"]
+    );
+    assert!(json(&plain)["tensors"].is_null());
+
+    let captured = json(&[
+        "capture",
+        &bert,
+        SILENT[0],
+        "--hooks",
+        "blocks.1.hook_resid_pre",
+    ]);
+    assert_eq!(
+        captured["tensors"]["blocks.1.hook_resid_pre"]["data"],
+        tensors["original:blocks.1.hook_resid_pre"]["data"]
+    );
+}
+
+#[test]
+fn files_are_what_their_endings_say() {
+    let bert = model("bert.legacy14");
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str| folder.path().join(name);
+    let write = |name: &str, more: &[&str]| {
+        let path = file(name).display().to_string();
+        run(&[&["intervene", &bert], &SILENT[..], &["-o", &path], more].concat()).ok()
+    };
+    let hooks = ["--hooks", "resid_post,pattern", "--layers", "1"];
+    write("both.npz", &hooks);
+    let [original, modified, difference] = ["original", "modified", "difference"].map(|what| {
+        array(
+            &file("both.npz"),
+            &format!("{what}:blocks.1.hook_resid_post"),
+        )
+    });
+    assert_eq!(&modified - &original, difference);
+    assert!(difference.iter().any(|d| *d != 0.0));
+    let logits = array(&file("both.npz"), "difference:logits");
+    assert_eq!(logits.ndim(), 1);
+
+    write("both.json", &hooks);
+    let told: Value = serde_json::from_slice(&std::fs::read(file("both.json")).unwrap()).unwrap();
+    assert!(told["effect"][0]["kl"].is_number() && told["tensors"]["original:logits"].is_object());
+
+    write("both.html", &hooks);
+    let page = std::fs::read_to_string(file("both.html")).unwrap();
+    for part in ["probability before and after", "head 1", "td class=\"bar\""] {
+        assert!(page.contains(part), "{part}");
+    }
+    let said = write("both.png", &["--hooks", "z,pattern", "--layers", "1"]).err;
+    assert!(
+        said.contains("not drawn") && said.contains("hook_z"),
+        "{said}"
+    );
+    let png = std::fs::read(file("both.png")).unwrap();
+    assert!(png.starts_with(b"\x89PNG"));
+    run(&[&["intervene", &bert], &SILENT[..], &["-o", "a.txt"]].concat())
+        .failed(2, "ends in none of");
+}
+
+#[test]
+fn the_output_is_compared_where_nothing_is_predicted() {
+    // Without a mask in the text a masked language model predicts nothing, like an encoder without a head.
+    let masked = model("encoder_layer.legacy17");
+    let args = [
+        "intervene",
+        &masked,
+        "--ids",
+        "5,6,7,8,9,10,11,12,13,14,15,16",
+    ];
+    let edit = ["--edit", "z[layer=0] zero"];
+    let told = json(&[&args[..], &edit].concat());
+    let hooks = told["hooks"].as_array().unwrap();
+    assert_eq!(hooks.len(), 1, "{told}");
+    assert!(hooks[0]["relative_change"].as_f64() > Some(0.0), "{told}");
+    assert_eq!(told["effect"], serde_json::json!([]));
+    let page = run(&[&args[..], &edit].concat()).ok().out;
+    assert!(
+        page.contains("predicts nothing") && page.contains("RELATIVE CHANGE"),
+        "{page}"
+    );
+    let hooks = ["--hooks", "resid_post"];
+    let named = json(&[&args[..], &edit, &hooks].concat());
+    let named = named["hooks"].as_array().unwrap();
+    assert!(
+        named
+            .iter()
+            .all(|h| h["name"].as_str().unwrap().contains("resid_post"))
+    );
+}
+
+#[test]
+fn models_without_a_tokenizer_take_ids() {
+    let circuit = model("circuit.legacy17");
+    let ids = ["--ids", "1,2,3,4,5"];
+    let ask = |edit: &str, more: &[&str]| {
+        json(&[&["intervene", &circuit, "--edit", edit][..], &ids, more].concat())
+    };
+    let source = ["--source-ids", "1,2,3,4,6"];
+    let patched = ask("resid_pre[layer=0] interchange", &source);
+    let other = json(&["predict", &circuit, "--ids", "1,2,3,4,6"]);
+    assert_eq!(patched["modified"], other["predictions"][0]);
+    let mean = ask("z mean", &["--mean-ids", "1,2", "--mean-ids", "3, 4,5"]);
+    assert_ne!(mean["original"], mean["modified"]);
+    let page = run(&[&["intervene", &circuit, "--edit", "z zero"][..], &ids].concat());
+    let page = page.ok().out;
+    assert!(page.starts_with("position 4\n"), "{page}");
+    let sweep = [
+        "sweep",
+        &circuit,
+        "--hooks",
+        "resid_pre",
+        "--by",
+        "position",
+    ];
+    let page = run(&[&sweep[..], &ids].concat()).ok().out;
+    assert!(page.contains("pos 4") && !page.contains("()"), "{page}");
+    let mean = run(&[&sweep[..], &ids, &["--mean-ids", "1,2"]].concat());
+    mean.ok();
+    let wrong = ["--mean-ids", "a"];
+    run(&[&sweep[..], &ids, &wrong].concat()).failed(2, "no token id");
+}
+
+#[test]
+fn ranges_are_all_their_numbers() {
+    let bert = model("bert.legacy14");
+    let ask = |edit: &str| json(&["predict", &bert, "the film is good", "--edit", edit]);
+    let range = ask("z[layer=0-1;head=1;pos=-3--1] zero");
+    assert_eq!(range, ask("z[layer=0,1;head=1;pos=-3,-2,-1] zero"));
+    assert_ne!(range, ask("z[layer=0;head=1] zero"));
 }

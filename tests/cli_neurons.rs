@@ -90,9 +90,24 @@ fn sets_of_texts_are_compared_and_written() {
 }
 
 #[test]
+fn ids_and_tensors_are_texts_too() {
+    let circuit = model("circuit.legacy17");
+    let ask = |more: &[&str]| {
+        let args = ["neurons", &circuit, "--ids", "1,2,3,4", "--top", "2"];
+        run(&[&args[..], more].concat()).ok().out
+    };
+    let page = ask(&["--by", "max"]);
+    assert!(page.contains("text 1") && !page.contains("[]"), "{page}");
+    let told: Value = serde_json::from_str(&ask(&["--json"])).unwrap();
+    let activations = &told["texts"][0]["activations"]["shape"];
+    assert_eq!(activations, &serde_json::json!([2, 4]));
+}
+
+#[test]
 fn mistakes_are_said() {
     let bert = model("bert.legacy14");
     run(&["neurons", &bert]).failed(2, "TEXT");
+    run(&["neurons", &bert, "--ids", "1", "--text-file", "-"]).failed(2, "--text-file");
     let ask = |more: &[&str]| run(&[&["neurons", &bert, "a film"], more].concat());
     ask(&["--neuron", "3"]).failed(2, "LAYER.INDEX");
     ask(&["--neuron", "0.1000000"]).failed(1, "header.neurons[0].index");

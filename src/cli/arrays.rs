@@ -64,45 +64,9 @@ pub(super) fn whole(tensor: pb::Tensor) -> Result<Array, Broken> {
 }
 
 fn array((tensor, bytes): (pb::Tensor, Vec<u8>)) -> Result<Array, Broken> {
-    let values: Vec<f32> = match tensor.dtype() {
-        pb::DType::F32 => bytes
-            .as_chunks()
-            .0
-            .iter()
-            .map(|b| f32::from_le_bytes(*b))
-            .collect(),
-        #[allow(clippy::cast_precision_loss)] // counts, for people
-        pb::DType::I64 => bytes
-            .as_chunks()
-            .0
-            .iter()
-            .map(|b| i64::from_le_bytes(*b) as f32)
-            .collect(),
-        #[allow(clippy::cast_precision_loss)] // numbers of labels and ranks, for people
-        pb::DType::U32 => bytes
-            .as_chunks()
-            .0
-            .iter()
-            .map(|b| u32::from_le_bytes(*b) as f32)
-            .collect(),
-        other @ (pb::DType::Unspecified
-        | pb::DType::F16
-        | pb::DType::Bf16
-        | pb::DType::F64
-        | pb::DType::I8
-        | pb::DType::I16
-        | pb::DType::I32
-        | pb::DType::U8
-        | pb::DType::U16
-        | pb::DType::U64
-        | pb::DType::Bool) => {
-            return Err(Broken::new(format!(
-                "tensor \"{}\" is of the type {}",
-                tensor.name,
-                other.as_str_name()
-            )));
-        }
-    };
+    let values = numbers(tensor.dtype(), &bytes);
+    let values =
+        values.ok_or_else(|| Broken::new(format!("tensor \"{}\" has no type", tensor.name)))?;
     let shape = tensor.shape.iter().map(|n| usize::try_from(*n).ok());
     let shape = shape.collect::<Option<Vec<usize>>>().unwrap_or_default();
     let values = ArrayD::from_shape_vec(IxDyn(&shape), values);
@@ -117,6 +81,30 @@ fn array((tensor, bytes): (pb::Tensor, Vec<u8>)) -> Result<Array, Broken> {
         axes: tensor.axes,
         values,
     })
+}
+
+/// Elements as f32, whatever they are; nothing without a type.
+#[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation)] // for people, as files hold them
+fn numbers(dtype: pb::DType, bytes: &[u8]) -> Option<Vec<f32>> {
+    Some(match dtype {
+        pb::DType::F32 => each(bytes, f32::from_le_bytes),
+        pb::DType::F16 => each(bytes, |b| half::f16::from_le_bytes(b).to_f32()),
+        pb::DType::Bf16 => each(bytes, |b| half::bf16::from_le_bytes(b).to_f32()),
+        pb::DType::F64 => each(bytes, |b| f64::from_le_bytes(b) as f32),
+        pb::DType::I8 => each(bytes, |b| f32::from(i8::from_le_bytes(b))),
+        pb::DType::I16 => each(bytes, |b| f32::from(i16::from_le_bytes(b))),
+        pb::DType::I32 => each(bytes, |b| i32::from_le_bytes(b) as f32),
+        pb::DType::I64 => each(bytes, |b| i64::from_le_bytes(b) as f32),
+        pb::DType::U8 | pb::DType::Bool => each(bytes, |b| f32::from(u8::from_le_bytes(b))),
+        pb::DType::U16 => each(bytes, |b| f32::from(u16::from_le_bytes(b))),
+        pb::DType::U32 => each(bytes, |b| u32::from_le_bytes(b) as f32),
+        pb::DType::U64 => each(bytes, |b| u64::from_le_bytes(b) as f32),
+        pb::DType::Unspecified => return None,
+    })
+}
+
+fn each<const N: usize>(bytes: &[u8], number: impl Fn([u8; N]) -> f32) -> Vec<f32> {
+    bytes.as_chunks().0.iter().map(|b| number(*b)).collect()
 }
 
 impl Array {
@@ -163,6 +151,15 @@ mod tests {
                 .into(),
             ..pb::Tensor::default()
         }
+    }
+
+    #[test]
+    fn every_type_is_read() {
+        let half = half::f16::from_f32(-1.5).to_le_bytes();
+        assert_eq!(numbers(pb::DType::F16, &half), Some(vec![-1.5]));
+        assert_eq!(numbers(pb::DType::Bool, &[0, 1]), Some(vec![0.0, 1.0]));
+        assert_eq!(numbers(pb::DType::I32, &[0xff; 4]), Some(vec![-1.0]));
+        assert_eq!(numbers(pb::DType::Unspecified, &[0]), None);
     }
 
     #[test]

@@ -4,14 +4,18 @@ use clap::Args;
 use serde_json::{Value, json};
 
 use super::{
-    capture::{self, json as as_json, select::TextArgs, show},
+    capture::{
+        self, json as as_json,
+        select::{OtherArgs, TextArgs},
+        show,
+    },
     client::{Session, Target},
     error::CliError,
     intervene::edit::EditArgs,
     out,
 };
 use crate::service::wire::introspect::{
-    CaptureRequest, Encoding, Intervention, Selection, TokenizeRequest,
+    CaptureRequest, Encoding, Input, Selection, TokenizeRequest,
 };
 
 pub(super) const TOKENIZE_EXAMPLES: &str = "\
@@ -50,10 +54,12 @@ pub(super) struct PredictArgs {
     /// Name of the model, or its folder: a path with a `/`
     model: String,
     /// Texts
-    #[arg(required = true)]
+    #[arg(required_unless_present_any = ["ids", "inputs"])]
     text: Vec<String>,
     #[command(flatten)]
     texts: TextArgs,
+    #[command(flatten)]
+    other: OtherArgs,
     #[command(flatten)]
     edits: EditArgs,
     /// Candidates to show
@@ -143,8 +149,20 @@ fn tokens(encoding: &Encoding, text: &str, pair: Option<&str>) -> String {
 /// Runs `predict`.
 pub(super) async fn predict(args: &PredictArgs) -> Result<(), CliError> {
     let intervention = args.edits.intervention(&args.texts)?;
+    let texts = args.text.iter().map(|text| args.texts.input(text));
+    let inputs: Vec<Input> = args.other.input()?.into_iter().chain(texts).collect();
     let (session, model) = Session::for_model(&args.target, &args.model).await?;
-    let done = predictions(&session, &model, args, intervention).await;
+    let selection = Selection {
+        candidates: args.top,
+        ..Default::default()
+    };
+    let asked = inputs.into_iter().map(|input| CaptureRequest {
+        model: model.clone(),
+        input: Some(input),
+        selection: Some(selection.clone()),
+        intervention: intervention.clone(),
+    });
+    let done = predictions(&session, asked).await;
     session.close().await;
     let answers = done?;
     if args.json {
@@ -159,8 +177,9 @@ pub(super) async fn predict(args: &PredictArgs) -> Result<(), CliError> {
         return out::print_json(&json!({ "predictions": all }));
     }
     let mut text = String::new();
-    for (answer, source) in answers.iter().zip(&args.text) {
+    for (at, answer) in answers.iter().enumerate() {
         if answers.len() > 1 {
+            let source = args.text.get(at).map_or("", String::as_str);
             text.push_str(&format!("{}\n", out::clean(source)));
         }
         match &answer.prediction {
@@ -179,21 +198,10 @@ pub(super) async fn predict(args: &PredictArgs) -> Result<(), CliError> {
 
 async fn predictions(
     session: &Session,
-    model: &str,
-    args: &PredictArgs,
-    intervention: Option<Intervention>,
+    asked: impl Iterator<Item = CaptureRequest>,
 ) -> Result<Vec<super::assemble::Captured>, CliError> {
     let mut answers = Vec::new();
-    for text in &args.text {
-        let request = CaptureRequest {
-            model: model.to_owned(),
-            input: Some(args.texts.input(text)),
-            selection: Some(Selection {
-                candidates: args.top,
-                ..Default::default()
-            }),
-            intervention: intervention.clone(),
-        };
+    for request in asked {
         answers.push(capture::capture(session.captures(), request).await?);
     }
     Ok(answers)

@@ -51,9 +51,10 @@ impl Explained {
         let scores = self.scores().iter().enumerate();
         scores
             .map(|(at, score)| Scored {
-                text: names
-                    .get(at)
-                    .map_or_else(|| at.to_string(), |n| (*n).clone()),
+                text: match names.get(at) {
+                    Some(name) if !name.is_empty() => (*name).clone(),
+                    Some(_) | None => at.to_string(),
+                },
                 score: *score,
                 error: errors.and_then(|e| e.get(at).copied()),
             })

@@ -131,7 +131,7 @@ pub(super) async fn run(args: &CaptureArgs) -> Result<(), CliError> {
     }
     let kind = args.output.as_deref().map(Kind::of).transpose()?;
     if kind.is_some_and(|k| k == Kind::Png || k == Kind::Html)
-        && !args.selection.positions.is_empty()
+        && !args.selection.dense.positions.is_empty()
     {
         return Err(CliError::Usage(
             "a picture shows every query: leave --positions out, or write .npz or .json".into(),
@@ -157,7 +157,7 @@ pub(super) async fn run(args: &CaptureArgs) -> Result<(), CliError> {
     let captured = capture(session.captures(), request).await;
     session.close().await;
     let captured = captured?;
-    let heads = args.selection.heads();
+    let heads = args.selection.dense.heads();
     match (kind, &args.output) {
         (Some(kind), Some(path)) => {
             let bytes = encode(kind, &captured, &heads)?;
@@ -177,7 +177,7 @@ pub(super) async fn run(args: &CaptureArgs) -> Result<(), CliError> {
             out::print(&show::page(
                 &captured,
                 &attention,
-                &args.selection.positions,
+                &args.selection.dense.positions,
             )?)
         }
     }

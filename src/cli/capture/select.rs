@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// Most numbers that a range may stand for.
-const RANGE_LIMIT: u32 = 4096;
+const RANGE_LIMIT: i64 = 4096;
 
 /// How texts become tokens.
 #[derive(Args, Clone, Debug, Default)]
@@ -90,13 +90,13 @@ pub(in crate::cli) fn of_ids(ids: &[u32]) -> Input {
     }
 }
 
-/// What to bring back.
+/// What to bring back, entry for entry.
 #[derive(Args, Clone, Debug, Default)]
 #[command(next_help_heading = "What to bring back")]
-pub(super) struct SelectionArgs {
+pub(in crate::cli) struct DenseArgs {
     /// Hook points: names, kinds such as `pattern`, patterns such as `blocks.*.attn.*`, `value:NAME`
     #[arg(long, short = 'k', value_name = "NAME,...", value_delimiter = ',')]
-    pub(super) hooks: Vec<String>,
+    hooks: Vec<String>,
     /// Of these layers only, such as 0,4-7
     #[arg(long, value_name = "N,...")]
     layers: Option<Numbers>,
@@ -114,6 +114,44 @@ pub(super) struct SelectionArgs {
     /// Reduce the positions of hook points that are no attention
     #[arg(long, value_enum)]
     pooling: Option<PoolingArg>,
+    /// How much of the model's own output comes along; `none` does not even run what lies behind the deepest hook point
+    #[arg(long, value_enum, default_value = "prediction")]
+    logits: LogitsArg,
+    /// Candidates of the prediction
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    candidates: u32,
+}
+
+impl DenseArgs {
+    /// On the wire.
+    pub(in crate::cli) fn selection(&self) -> Selection {
+        Selection {
+            hooks: self.hooks.clone(),
+            layers: numbers(self.layers.as_ref()),
+            heads: self.heads(),
+            positions: self.positions.clone(),
+            pooling: self
+                .pooling
+                .map_or(Pooling::Unspecified, PoolingArg::wire)
+                .into(),
+            logits: self.logits.wire().into(),
+            candidates: self.candidates,
+            ..Selection::default()
+        }
+    }
+
+    /// The heads that were named; none for all.
+    pub(super) fn heads(&self) -> Vec<u32> {
+        numbers(self.heads.as_ref())
+    }
+}
+
+/// What to bring back, and how much of it.
+#[derive(Args, Clone, Debug, Default)]
+#[command(next_help_heading = "What to bring back")]
+pub(super) struct SelectionArgs {
+    #[command(flatten)]
+    pub(super) dense: DenseArgs,
     /// Of hook points that are no attention, only the K greatest along the last axis
     #[arg(long, value_name = "K")]
     top_k: Option<u32>,
@@ -129,31 +167,19 @@ pub(super) struct SelectionArgs {
     /// Type to send floats in
     #[arg(long, value_enum, default_value = "f32")]
     dtype: DTypeArg,
-    /// How much of the model's own output comes along; `none` does not even run what lies behind the deepest hook point
-    #[arg(long, value_enum, default_value = "prediction")]
-    logits: LogitsArg,
-    /// Candidates of the prediction
-    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
-    candidates: u32,
 }
 
 impl SelectionArgs {
     /// On the wire. Without `--hooks`, these.
     pub(super) fn selection(&self, default_hooks: &[&str]) -> Selection {
-        let hooks = if self.hooks.is_empty() {
+        let dense = self.dense.selection();
+        let hooks = if dense.hooks.is_empty() {
             default_hooks.iter().map(|h| (*h).to_owned()).collect()
         } else {
-            self.hooks.clone()
+            dense.hooks
         };
         Selection {
             hooks,
-            layers: numbers(self.layers.as_ref()),
-            heads: self.heads(),
-            positions: self.positions.clone(),
-            pooling: self
-                .pooling
-                .map_or(Pooling::Unspecified, PoolingArg::wire)
-                .into(),
             top_k: self.top_k.map(|k| TopK {
                 k,
                 by_magnitude: self.by_magnitude,
@@ -163,14 +189,8 @@ impl SelectionArgs {
                 floor: self.sparse_floor,
             }),
             dtype: self.dtype.wire().into(),
-            logits: self.logits.wire().into(),
-            candidates: self.candidates,
+            ..dense
         }
-    }
-
-    /// The heads that were named; none for all.
-    pub(super) fn heads(&self) -> Vec<u32> {
-        numbers(self.heads.as_ref())
     }
 }
 
@@ -187,21 +207,44 @@ impl FromStr for Numbers {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = |part: &str| format!("\"{part}\" is no number and no range: write 0,4-7");
-        let mut numbers = Vec::new();
-        for part in text.split(',') {
-            let (from, to) = part.split_once('-').unwrap_or((part, part));
-            let number = |n: &str| n.trim().parse::<u32>().map_err(|_| wrong(part));
-            let (from, to) = (number(from)?, number(to)?);
-            if to < from || to - from >= RANGE_LIMIT {
-                return Err(format!(
-                    "\"{part}\" is no range of at most {RANGE_LIMIT} numbers"
-                ));
-            }
-            numbers.extend(from..=to);
-        }
-        Ok(Self(numbers))
+        ranges(text).map(Self)
     }
+}
+
+/// Numbers and ranges, such as `0,4-7`; of a type that has negative ones also `-4--1`.
+///
+/// # Errors
+/// The part that is none, for people.
+pub(in crate::cli) fn ranges<N: TryFrom<i64>>(text: &str) -> Result<Vec<N>, String> {
+    let mut numbers = Vec::new();
+    for part in text.split(',').map(str::trim) {
+        let wrong = || format!("\"{part}\" is no number and no range: write 0,4-7");
+        let (from, to) = ends(part).ok_or_else(wrong)?;
+        if (from < 0) != (to < 0) {
+            return Err(format!(
+                "\"{part}\" counts from the end and from the start: give a range of each"
+            ));
+        }
+        if to < from || to - from >= RANGE_LIMIT {
+            return Err(format!(
+                "\"{part}\" is no range of at most {RANGE_LIMIT} numbers"
+            ));
+        }
+        for number in from..=to {
+            numbers.push(N::try_from(number).map_err(|_| wrong())?);
+        }
+    }
+    Ok(numbers)
+}
+
+/// Both ends of a range; a number is one by itself. What stands first is a sign and no hyphen.
+fn ends(part: &str) -> Option<(i64, i64)> {
+    let number = |n: &str| n.trim().parse::<i64>().ok();
+    if let Some(only) = number(part) {
+        return Some((only, only));
+    }
+    let (from, to) = part.split_at_checked(1 + part.get(1..)?.find('-')?)?;
+    Some((number(from)?, number(to.get(1..)?)?))
 }
 
 #[derive(ValueEnum, Clone, Copy, Debug)]
@@ -276,6 +319,25 @@ mod tests {
         assert_eq!("3".parse(), Ok(Numbers(vec![3])));
         for wrong in ["", "a", "2-", "-1", "5-2", "1,,2", "0-4294967295"] {
             assert!(wrong.parse::<Numbers>().is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn ranges_may_count_from_the_end() {
+        assert_eq!(
+            ranges::<i32>("-3--1, 0-1,-7"),
+            Ok(vec![-3, -2, -1, 0, 1, -7])
+        );
+        for wrong in [
+            "-1-2",
+            "-1--3",
+            "2--1",
+            "--1",
+            "-",
+            "é-1",
+            "-9223372036854775808-9223372036854775807",
+        ] {
+            assert!(ranges::<i32>(wrong).is_err(), "{wrong:?}");
         }
     }
 }

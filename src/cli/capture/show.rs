@@ -82,18 +82,17 @@ pub(in crate::cli) fn prediction(prediction: &Prediction, tokens: &[Token]) -> S
             let probability = c.probability.map_or("-".to_owned(), |p| format!("{p:.4}"));
             let bar = c.probability.map_or(String::new(), bar);
             let place = match at.position {
-                Some(p) => tokens
-                    .get(p as usize)
-                    .map_or(p.to_string(), |t| format!("{p} {}", t.text)),
+                Some(p) => match super::view::spelled(tokens, p as usize) {
+                    Some(token) => format!("{p} {token}"),
+                    None => p.to_string(),
+                },
                 None => "input".to_owned(),
             };
-            vec![
-                place,
-                c.label.clone(),
-                probability,
-                format!("{:.3}", c.logit),
-                bar,
-            ]
+            let label = match c.label.as_str() {
+                "" => c.index.to_string(),
+                label => label.to_owned(),
+            };
+            vec![place, label, probability, format!("{:.3}", c.logit), bar]
         })
     });
     let mut text = out::table(&["at", "prediction", "prob", "logit", ""], rows);

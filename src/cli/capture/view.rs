@@ -57,10 +57,18 @@ pub(in crate::cli) fn layer(name: &str) -> Option<usize> {
 
 /// A label for each position: its token, or its number where there are none.
 fn labels(tokens: &[Token], positions: usize) -> Vec<String> {
-    if tokens.is_empty() {
-        return (0..positions).map(|p| p.to_string()).collect();
-    }
-    tokens.iter().map(|t| clean(&t.text)).collect()
+    let positions = match tokens.len() {
+        0 => positions,
+        tokens => tokens,
+    };
+    let name = |at: usize| spelled(tokens, at).unwrap_or_else(|| at.to_string());
+    (0..positions).map(name).collect()
+}
+
+/// How the token of a position is spelled; nothing without a tokenizer.
+pub(in crate::cli) fn spelled(tokens: &[Token], at: usize) -> Option<String> {
+    let text = &tokens.get(at)?.text;
+    (!text.is_empty()).then(|| clean(text))
 }
 
 fn patterns(named: &Named, heads: &[u32]) -> Result<Vec<(usize, Array2<f32>)>, String> {

@@ -3,6 +3,8 @@
 //! ```text
 //!   HOOK [ KEY=N,... ; KEY=N,... ] OPERATION ARGUMENT...
 //! ```
+//!
+//! A number may be a range, as in `layer=0,4-7` and `pos=-4--1`.
 
 use std::path::{Path, PathBuf};
 
@@ -10,7 +12,10 @@ use clap::Args;
 
 use crate::{
     cli::{
-        capture::{inputs, select::TextArgs},
+        capture::{
+            inputs,
+            select::{TextArgs, of_ids, ranges},
+        },
         error::CliError,
     },
     service::wire::introspect::{self as pb, edit::Operation, vector::Of},
@@ -31,11 +36,20 @@ pub(in crate::cli) struct EditArgs {
     /// Text whose run the operation `interchange` takes from
     #[arg(long, value_name = "TEXT", requires = "edits")]
     source: Option<String>,
+    /// The same as token ids
+    #[arg(
+        long,
+        value_name = "ID,...",
+        value_delimiter = ',',
+        requires = "edits",
+        conflicts_with = "source"
+    )]
+    source_ids: Vec<u32>,
     #[command(flatten)]
     mean: MeanArgs,
 }
 
-/// Texts that a mean is over.
+/// Inputs that a mean is over.
 #[derive(Args, Clone, Debug)]
 pub(in crate::cli) struct MeanArgs {
     /// Text of those that a mean is over (may be given more than once)
@@ -44,6 +58,21 @@ pub(in crate::cli) struct MeanArgs {
     /// The same: every line of a file
     #[arg(long, value_name = "FILE")]
     mean_file: Option<PathBuf>,
+    /// Token ids of an input that a mean is over (may be given more than once)
+    #[arg(long, value_name = "ID,...", value_parser = ids)]
+    mean_ids: Vec<Ids>,
+}
+
+/// Token ids of one input.
+#[derive(Clone, Debug)]
+struct Ids(Vec<u32>);
+
+fn ids(text: &str) -> Result<Ids, String> {
+    let each = text.split(',').map(|id| {
+        let id = id.trim();
+        id.parse().map_err(|_| format!("\"{id}\" is no token id"))
+    });
+    each.collect::<Result<_, _>>().map(Ids)
 }
 
 impl MeanArgs {
@@ -60,7 +89,9 @@ impl MeanArgs {
                 return Err(named("holds no text".into()));
             }
         }
-        Ok(texts.iter().map(|text| how.input(text)).collect())
+        let texts = texts.iter().map(|text| how.input(text));
+        let ids = self.mean_ids.iter().map(|ids| of_ids(&ids.0));
+        Ok(texts.chain(ids).collect())
     }
 }
 
@@ -81,16 +112,18 @@ impl EditArgs {
         }
         if (means == 0) != inputs.is_empty() {
             return Err(CliError::Usage(
-                "the operation `mean` and the texts that it is over belong together: give both --edit '... mean' and --mean or --mean-file"
+                "the operation `mean` and what it is over belong together: give both --edit '... mean' and --mean, --mean-file or --mean-ids"
                     .into(),
             ));
         }
         if edits.is_empty() {
             return Ok(None);
         }
-        let sources = self.source.iter().map(|text| {
+        let ids = (!self.source_ids.is_empty()).then(|| of_ids(&self.source_ids));
+        let source = self.source.as_ref().map(|text| texts.input(text)).or(ids);
+        let sources = source.into_iter().map(|input| {
             let source = pb::InterventionSource {
-                input: Some(texts.input(text)),
+                input: Some(input),
                 edits: Vec::new(),
             };
             (SOURCE.to_owned(), source)
@@ -162,11 +195,11 @@ fn place(text: &str) -> Result<(pb::Edit, &str), String> {
             .split_once('=')
             .ok_or_else(|| format!("\"{part}\" is not KEY=N,..."))?;
         match key.trim() {
-            "layer" => edit.layers = numbers(given)?,
-            "head" => edit.heads = numbers(given)?,
-            "dim" => edit.dims = numbers(given)?,
-            "pos" => edit.positions = numbers(given)?,
-            "key" => edit.keys = numbers(given)?,
+            "layer" => edit.layers = ranges(given)?,
+            "head" => edit.heads = ranges(given)?,
+            "dim" => edit.dims = ranges(given)?,
+            "pos" => edit.positions = ranges(given)?,
+            "key" => edit.keys = ranges(given)?,
             other => {
                 return Err(format!(
                     "\"{other}\" is none of layer, head, pos, key and dim"
@@ -193,7 +226,7 @@ fn operation(text: &str) -> Result<Operation, String> {
             high: Some(number(high)?),
         }),
         ["interchange"] => interchange(Vec::new()),
-        ["interchange", positions] => interchange(numbers(positions)?),
+        ["interchange", positions] => interchange(ranges(positions)?),
         ["project-out", what] => Operation::ProjectOut(direction(what)?),
         _ => return Err(format!("\"{}\" is none of {OPERATIONS}", text.trim())),
     })
@@ -277,15 +310,6 @@ fn number(text: &str) -> Result<f32, String> {
     text.parse().map_err(|_| format!("\"{text}\" is no number"))
 }
 
-fn numbers<N: std::str::FromStr>(text: &str) -> Result<Vec<N>, String> {
-    let each = text.split(',').map(str::trim);
-    each.map(|n| {
-        n.parse()
-            .map_err(|_| format!("\"{n}\" is no number of that"))
-    })
-    .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -306,6 +330,16 @@ mod tests {
         assert_eq!(add.scale, Some(-4.0));
         assert_eq!(parse("embed noise 0.1 7").unwrap().hook, "embed");
         assert_eq!(parse(" pattern[key=0] scale 0.5 ").unwrap().keys, [0]);
+    }
+
+    #[test]
+    fn numbers_may_be_ranges() {
+        let edit = parse("z[layer=0-2,5;head=1-2;pos=-3--1] zero").unwrap();
+        assert_eq!(edit.layers, [0, 1, 2, 5]);
+        assert_eq!(
+            (&edit.heads[..], &edit.positions[..]),
+            (&[1, 2][..], &[-3, -2, -1][..])
+        );
     }
 
     #[test]
@@ -331,6 +365,8 @@ mod tests {
             ("z[head] zero", "KEY=N"),
             ("z[neck=1] zero", "none of layer"),
             ("z[head=-1] zero", "no number"),
+            ("z[pos=-2-1] zero", "a range of each"),
+            ("z[layer=3-1] zero", "no range"),
             ("z nothing", "none of zero"),
             ("z scale much", "no number"),
             ("z add none.npz", "none.npz"),

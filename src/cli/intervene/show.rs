@@ -1,39 +1,31 @@
-//! What an intervention changed, on the terminal and as JSON.
+//! What an intervention changed, on the terminal.
 
-use serde_json::{Value, json};
-
-use super::Answer;
+use super::{Answer, pair::Pair};
 use crate::{
-    cli::{
-        capture::json::{prediction, summary, token},
-        out,
-    },
+    cli::{capture::view::spelled, out},
     service::wire::introspect as pb,
 };
 
-/// A table for each place of the prediction.
+/// A table for each place of the prediction, and a line for each hook point.
 pub(in crate::cli) fn page(answer: &Answer) -> String {
     let mut text = String::new();
     for at in &answer.effect.at {
-        if let Some(position) = at.position {
-            let token = answer.header.tokens.get(position as usize);
-            let token = token.map_or(String::new(), |t| format!(" ({})", out::clean(&t.text)));
-            text.push_str(&format!("position {position}{token}\n"));
+        if let Some(place) = place(answer, at) {
+            text.push_str(&format!("{place}\n"));
         }
         let heading = ["", "before", "after", "change", "logit", "after", "change"];
         text.push_str(&out::table(&heading, at.changes.iter().map(row)));
-        let flipped = if at.flipped {
-            "the prediction is another"
-        } else {
-            "the prediction stays"
-        };
-        text.push_str(&format!(
-            "  {flipped}; KL {:.4} nats, total variation {:.4}\n",
-            at.kl, at.total_variation
-        ));
+        text.push_str(&format!("  {}\n", told(at)));
     }
-    if answer.effect.at.is_empty() {
-        text.push_str("The model predicts nothing here that could change: ask for hook points of both runs over gRPC.\n");
+    let predicts = !answer.effect.at.is_empty();
+    if !predicts {
+        text.push_str("The model predicts nothing here that could change.\n");
+    }
+    // The table has the scores of a prediction.
+    if answer.pairs.len() > usize::from(predicts) {
+        let rows = answer.pairs.iter().map(far);
+        let heading = ["", "shape", "relative change", "greatest change"];
+        text.push_str(&format!("\n{}", out::table(&heading, rows)));
     }
     for note in &answer.summary.notes {
         text.push_str(&format!("  {}\n", out::clean(note)));
@@ -41,15 +33,39 @@ pub(in crate::cli) fn page(answer: &Answer) -> String {
     text
 }
 
-fn row(change: &pb::Change) -> Vec<String> {
-    let name = if change.label.is_empty() {
-        change.index.to_string()
+/// Where a prediction is, unless it is about the whole input.
+pub(super) fn place(answer: &Answer, at: &pb::EffectAt) -> Option<String> {
+    let position = at.position?;
+    let token = spelled(&answer.header.tokens, position as usize);
+    let token = token.map_or(String::new(), |t| format!(" ({t})"));
+    Some(format!("position {position}{token}"))
+}
+
+/// How much changed of a prediction.
+pub(super) fn told(at: &pb::EffectAt) -> String {
+    let flipped = if at.flipped {
+        "the prediction is another"
     } else {
-        out::line(&change.label)
+        "the prediction stays"
     };
+    format!(
+        "{flipped}; KL {:.4} nats, total variation {:.4}",
+        at.kl, at.total_variation
+    )
+}
+
+/// The label or token of a change, or its number.
+pub(super) fn name(change: &pb::Change) -> String {
+    match out::line(&change.label) {
+        label if label.is_empty() => change.index.to_string(),
+        label => label,
+    }
+}
+
+fn row(change: &pb::Change) -> Vec<String> {
     let (before, after) = (change.probability_before, change.probability_after);
     vec![
-        name,
+        name(change),
         format!("{before:.4}"),
         format!("{after:.4}"),
         format!("{:+.4}", after - before),
@@ -59,28 +75,22 @@ fn row(change: &pb::Change) -> Vec<String> {
     ]
 }
 
-/// Everything.
-pub(in crate::cli) fn json(answer: &Answer) -> Value {
-    let at = answer.effect.at.iter().map(|at| {
-        let changes = at.changes.iter().map(|c| {
-            json!({
-                "index": c.index, "label": c.label,
-                "logit_before": c.logit_before, "logit_after": c.logit_after,
-                "probability_before": c.probability_before, "probability_after": c.probability_after,
-            })
-        });
-        json!({
-            "position": at.position, "kl": at.kl, "total_variation": at.total_variation, "flipped": at.flipped,
-            "changes": changes.collect::<Vec<_>>(),
-        })
-    });
-    json!({
-        "model": answer.header.model,
-        "fingerprint": answer.header.fingerprint,
-        "tokens": answer.header.tokens.iter().map(token).collect::<Vec<_>>(),
-        "original": answer.original.as_ref().map(prediction),
-        "modified": answer.modified.as_ref().map(prediction),
-        "effect": at.collect::<Vec<_>>(),
-        "summary": summary(&answer.summary),
-    })
+/// How far the changed run is from the other at a hook point.
+fn far(pair: &Pair) -> Vec<String> {
+    let shape = pair.original.shape().iter().map(ToString::to_string);
+    vec![
+        pair.name().to_owned(),
+        shape.collect::<Vec<_>>().join(" x "),
+        format!("{:.4}", pair.relative()),
+        format!("{:.4}", pair.greatest()),
+    ]
+}
+
+/// The same in words.
+pub(super) fn distance(pair: &Pair) -> String {
+    format!(
+        "relative change {:.4}, greatest {:.4}",
+        pair.relative(),
+        pair.greatest()
+    )
 }

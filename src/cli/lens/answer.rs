@@ -60,7 +60,10 @@ impl Lensed {
     /// What a position is called.
     pub(super) fn position(&self, position: u32) -> String {
         let token = self.header.tokens.get(position as usize);
-        token.map_or_else(|| position.to_string(), |t| t.text.clone())
+        match token.filter(|t| !t.text.is_empty()) {
+            Some(token) => token.text.clone(),
+            None => position.to_string(),
+        }
     }
 
     /// What a state is called: the embeddings, or what a layer leaves.

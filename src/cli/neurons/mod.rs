@@ -16,7 +16,7 @@ use super::{
     arrays::{self, Array, Arrays},
     capture::{
         Kind, bulk,
-        select::{Numbers, TextArgs, numbers},
+        select::{Numbers, OtherArgs, TextArgs, numbers},
     },
     client::{Session, Target},
     error::CliError,
@@ -54,18 +54,19 @@ Examples:
 /// Arguments of `neurons`.
 #[derive(Args, Clone, Debug)]
 #[command(override_usage = "introspectd neurons [OPTIONS] MODEL TEXT...
+       introspectd neurons [OPTIONS] MODEL --ids ID,... | --inputs FILE.npz
        introspectd neurons [OPTIONS] MODEL --text-file FILE [--contrast FILE]")]
 pub(super) struct NeuronsArgs {
     /// Name of the model, or its folder: a path with a `/`
     model: String,
     /// Texts
-    #[arg(required_unless_present = "text_file")]
+    #[arg(required_unless_present_any = ["text_file", "ids", "inputs"])]
     text: Vec<String>,
     /// Every line of a file is a text (`-`: standard input)
     #[arg(
         long,
         value_name = "FILE",
-        conflicts_with = "text",
+        conflicts_with_all = ["text", "ids", "inputs"],
         help_heading = "Input"
     )]
     text_file: Option<PathBuf>,
@@ -74,6 +75,8 @@ pub(super) struct NeuronsArgs {
     contrast: Option<PathBuf>,
     #[command(flatten)]
     texts: TextArgs,
+    #[command(flatten)]
+    other: OtherArgs,
     #[command(flatten)]
     what: WhatArgs,
     #[command(flatten)]
@@ -234,8 +237,9 @@ async fn search(
         statistics: what.all,
         intervention,
     };
-    let mut answer = ask(session, header.clone(), Texts::of(args)).await?;
-    let few = !args.text.is_empty() && args.text.len() <= SHOWN;
+    let texts = Texts::of(args)?;
+    let few = !texts.given.is_empty() && texts.given.len() <= SHOWN;
+    let mut answer = ask(session, header.clone(), texts.clone()).await?;
     if few && !answer.neurons.is_empty() {
         let named = answer.neurons.iter().take(WATCHED).map(|n| pb::Neuron {
             hook: n.hook.clone(),
@@ -252,7 +256,7 @@ async fn search(
         };
         let texts = Texts {
             contrast: None,
-            ..Texts::of(args)
+            ..texts
         };
         answer.texts = ask(session, again, texts).await?.texts;
     }
@@ -262,26 +266,29 @@ async fn search(
 /// Where texts come from.
 #[derive(Clone, Debug)]
 struct Texts {
-    given: Vec<String>,
+    /// Those of the command line.
+    given: Vec<pb::Input>,
     file: Option<PathBuf>,
     contrast: Option<PathBuf>,
     how: TextArgs,
 }
 
 impl Texts {
-    fn of(args: &NeuronsArgs) -> Self {
-        Self {
-            given: args.text.clone(),
+    fn of(args: &NeuronsArgs) -> Result<Self, CliError> {
+        let texts = args.text.iter().map(|text| args.texts.input(text));
+        let given = args.other.input()?.into_iter().chain(texts);
+        Ok(Self {
+            given: given.collect(),
             file: args.text_file.clone(),
             contrast: args.contrast.clone(),
             how: args.texts.clone(),
-        }
+        })
     }
 
     /// Sends all of them. Ends early when nobody takes them any more: the answer says why.
     async fn send(self, sender: mpsc::Sender<pb::NeuronsRequest>) -> Result<(), CliError> {
-        for (at, text) in self.given.iter().enumerate() {
-            let message = self.message((at + 1).to_string(), text, NeuronSet::Unspecified);
+        for (at, input) in self.given.iter().enumerate() {
+            let message = message((at + 1).to_string(), input.clone(), NeuronSet::Unspecified);
             if sender.send(message).await.is_err() {
                 return Ok(());
             }
@@ -296,7 +303,8 @@ impl Texts {
             let (lines, mut read) = mpsc::channel(AHEAD);
             let reading = tokio::task::spawn_blocking(move || bulk::read(reader, &lines));
             while let Some(line) = read.recv().await {
-                let message = self.message(format!("{prefix}{}", line.number), &line.text, set);
+                let id = format!("{prefix}{}", line.number);
+                let message = message(id, self.how.input(&line.text), set);
                 if sender.send(message).await.is_err() {
                     return Ok(());
                 }
@@ -306,15 +314,15 @@ impl Texts {
         }
         Ok(())
     }
+}
 
-    fn message(&self, id: String, text: &str, set: NeuronSet) -> pb::NeuronsRequest {
-        pb::NeuronsRequest {
-            item: Some(Asked::Text(pb::NeuronsText {
-                id,
-                input: Some(self.how.input(text)),
-                set: set.into(),
-            })),
-        }
+fn message(id: String, input: pb::Input, set: NeuronSet) -> pb::NeuronsRequest {
+    pb::NeuronsRequest {
+        item: Some(Asked::Text(pb::NeuronsText {
+            id,
+            input: Some(input),
+            set: set.into(),
+        })),
     }
 }
 

@@ -77,13 +77,21 @@ fn excerpt(example: &pb::NeuronExample) -> String {
     let words: Vec<String> = near
         .map(|(n, t)| {
             if n == at {
-                format!("[{}]", t.text)
+                format!("[{}]", spelled(t))
             } else {
-                t.text.clone()
+                spelled(t)
             }
         })
         .collect();
     words.join(" ")
+}
+
+/// A token; its id where there is no tokenizer.
+fn spelled(token: &pb::Token) -> String {
+    match token.text.as_str() {
+        "" => token.id.to_string(),
+        text => text.to_owned(),
+    }
 }
 
 /// For files.
@@ -142,7 +150,7 @@ fn of_text(answer: &Answer, text: &Activations) -> Option<Grid> {
             .take(values.nrows())
             .map(name)
             .collect(),
-        columns: text.tokens.iter().map(|t| t.text.clone()).collect(),
+        columns: text.tokens.iter().map(spelled).collect(),
         values,
         scale: Scale::Signed,
     })

@@ -1,7 +1,7 @@
 //! Numbers by row and column, such as layers by heads: as text, as PNG, as a page.
 //!
-//! Signed numbers are blue and red by their part of the greatest magnitude, others run over a given range. The scale is written beside the
-//! picture, and the page has every number.
+//! Signed numbers are blue and red by their part of the greatest magnitude, others run over a given range; few that are to be compared are bars.
+//! The scale is written beside the picture, and the page has every number.
 
 use std::fmt::Write as _;
 
@@ -19,6 +19,10 @@ const INK: Rgb = [30, 30, 30];
 const FAINT: Rgb = [120, 120, 120];
 const GAP: usize = 12;
 const LABEL_CHARACTERS: usize = 18;
+/// Pixels of the longest bar.
+const BAR: usize = 160;
+/// Pixels of the number behind it.
+const NUMBER: usize = 10 * CHAR_WIDTH;
 /// Widest and highest picture in pixels.
 const MAX_SIDE: usize = 8192;
 
@@ -47,6 +51,8 @@ pub enum Scale {
     Signed,
     /// From the least to the greatest of a range.
     Range(f32, f32),
+    /// As bars, this magnitude the longest; with the sign's colour.
+    Bars(f32),
 }
 
 /// A number on the scale.
@@ -66,6 +72,26 @@ impl Grid {
                 self.largest()
             ),
             Scale::Range(low, high) => format!("scale: {low} (dark) to {high} (bright)"),
+            Scale::Bars(longest) => format!("scale: the longest bar is {longest:.3}"),
+        }
+    }
+
+    /// The part of the longest bar, where numbers are bars.
+    fn bar(&self, value: f32) -> Option<f32> {
+        match self.scale {
+            Scale::Bars(longest) => {
+                let part = value.abs() / longest.max(f32::MIN_POSITIVE);
+                Some(if part.is_nan() { 0.0 } else { part.min(1.0) })
+            }
+            Scale::Signed | Scale::Range(..) => None,
+        }
+    }
+
+    /// Pixels of a number across and down, of cells of this edge.
+    fn extents(&self, cell: usize) -> (usize, usize) {
+        match self.scale {
+            Scale::Bars(_) => (BAR + NUMBER, CHAR_HEIGHT + 4),
+            Scale::Signed | Scale::Range(..) => (cell, cell),
         }
     }
 
@@ -85,6 +111,11 @@ impl Grid {
             Scale::Range(low, high) => {
                 let part = (value - low) / (high - low).max(f32::MIN_POSITIVE);
                 (part, colour::scale(part), ' ')
+            }
+            Scale::Bars(longest) => {
+                let sign = if value < 0.0 { '-' } else { '+' };
+                let part = value.abs() / longest.max(f32::MIN_POSITIVE);
+                (part, colour::diverging(1f32.copysign(value)), sign)
             }
         };
         let text = if part.is_nan() {
@@ -173,28 +204,16 @@ fn canvas(grids: &[Grid]) -> Result<Canvas, PictureError> {
     if rows == 0 || columns == 0 {
         return Err(PictureError::Empty);
     }
-    let margin = GAP + LABEL_CHARACTERS * CHAR_WIDTH + 4;
-    let above = 3 * (CHAR_HEIGHT + 4);
-    let named = |g: &Grid| {
-        let longest = g
-            .columns
-            .iter()
-            .map(|c| c.chars().count().min(LABEL_CHARACTERS));
-        longest.max().unwrap_or(0) * CHAR_WIDTH + 8
-    };
     let heading = grids.iter().map(|g| {
         let longest = g.title.chars().count().max(g.facts.chars().count());
         longest.max(g.legend().chars().count()) * CHAR_WIDTH + 2 * GAP
     });
     let heading = heading.max().unwrap_or(0);
     let side = |cell: usize| {
-        let height = grids
-            .iter()
-            .map(|g| above + g.values.nrows() * cell + named(g) + GAP);
-        (
-            (margin + columns * cell + GAP).max(heading),
-            height.sum::<usize>(),
-        )
+        let sizes = grids.iter().map(|g| size(g, cell));
+        sizes.fold((heading, 0), |(w, h), (width, height)| {
+            (w.max(width), h + height)
+        })
     };
     let cell = [24, 18, CHAR_HEIGHT + 2, CHAR_HEIGHT, 6, 4, 2, 1]
         .into_iter()
@@ -211,38 +230,88 @@ fn canvas(grids: &[Grid]) -> Result<Canvas, PictureError> {
     let mut canvas = Canvas::new(width, height);
     let mut top = GAP / 2;
     for grid in grids {
-        for (line, (words, ink)) in [
-            (&grid.title, INK),
-            (&grid.facts, FAINT),
-            (&grid.legend(), FAINT),
-        ]
-        .into_iter()
-        .enumerate()
-        {
-            let y = top + line * (CHAR_HEIGHT + 4);
-            canvas.text(GAP, y, words, Direction::Across, ink);
-        }
-        let map = top + above;
-        for ((row, column), value) in grid.values.indexed_iter() {
-            let (x, y) = (margin + column * cell, map + row * cell);
-            canvas.fill(x, y, cell, cell, grid.shade(*value).colour);
-        }
-        if cell >= CHAR_HEIGHT {
-            for (at, name) in grid.rows.iter().enumerate() {
-                let name = label(name, LABEL_CHARACTERS);
-                let start = margin - 4 - name.chars().count() * CHAR_WIDTH;
-                let y = map + at * cell + (cell - CHAR_HEIGHT) / 2;
-                canvas.text(start, y, &name, Direction::Across, INK);
-            }
-            for (at, name) in grid.columns.iter().enumerate() {
-                let x = margin + at * cell + (cell - CHAR_HEIGHT) / 2;
-                let y = map + grid.values.nrows() * cell + 4;
-                canvas.text(x, y, &label(name, LABEL_CHARACTERS), Direction::Down, INK);
-            }
-        }
-        top = map + grid.values.nrows() * cell + named(grid) + GAP;
+        draw(&mut canvas, grid, top, cell);
+        top += size(grid, cell).1;
     }
     Ok(canvas)
+}
+
+/// Pixels left of the numbers.
+const MARGIN: usize = GAP + LABEL_CHARACTERS * CHAR_WIDTH + 4;
+/// Pixels above them.
+const ABOVE: usize = 3 * (CHAR_HEIGHT + 4);
+
+/// Pixels of a grid across and down, its names and the gap behind it included.
+fn size(grid: &Grid, cell: usize) -> (usize, usize) {
+    let (wide, high) = grid.extents(cell);
+    (
+        MARGIN + grid.values.ncols() * wide + GAP,
+        ABOVE + grid.values.nrows() * high + names(grid) + GAP,
+    )
+}
+
+/// Pixels of the names of columns.
+fn names(grid: &Grid) -> usize {
+    let columns = grid.columns.iter();
+    let longest = columns.map(|c| c.chars().count().min(LABEL_CHARACTERS));
+    match grid.scale {
+        Scale::Bars(_) => CHAR_HEIGHT + 8,
+        Scale::Signed | Scale::Range(..) => longest.max().unwrap_or(0) * CHAR_WIDTH + 8,
+    }
+}
+
+/// A grid with its names, from this line of pixels.
+fn draw(canvas: &mut Canvas, grid: &Grid, top: usize, cell: usize) {
+    let legend = grid.legend();
+    let lines = [(&grid.title, INK), (&grid.facts, FAINT), (&legend, FAINT)];
+    for (line, (words, ink)) in lines.into_iter().enumerate() {
+        let y = top + line * (CHAR_HEIGHT + 4);
+        canvas.text(GAP, y, words, Direction::Across, ink);
+    }
+    let map = top + ABOVE;
+    let (wide, high) = grid.extents(cell);
+    for ((row, column), value) in grid.values.indexed_iter() {
+        let (x, y) = (MARGIN + column * wide, map + row * high);
+        let colour = grid.shade(*value).colour;
+        match grid.bar(*value) {
+            Some(part) => bar(canvas, (x, y), (part, *value), colour),
+            None => canvas.fill(x, y, wide, high, colour),
+        }
+    }
+    if high < CHAR_HEIGHT {
+        return;
+    }
+    for (at, name) in grid.rows.iter().enumerate() {
+        let name = label(name, LABEL_CHARACTERS);
+        let start = MARGIN - 4 - name.chars().count() * CHAR_WIDTH;
+        let y = map + at * high + (high - CHAR_HEIGHT) / 2;
+        canvas.text(start, y, &name, Direction::Across, INK);
+    }
+    let y = map + grid.values.nrows() * high + 4;
+    for (at, name) in grid.columns.iter().enumerate() {
+        let x = MARGIN + at * wide;
+        let name = label(name, LABEL_CHARACTERS);
+        match grid.scale {
+            Scale::Bars(_) => canvas.text(x, y, &name, Direction::Across, FAINT),
+            Scale::Signed | Scale::Range(..) => {
+                canvas.text(x + (wide - CHAR_HEIGHT) / 2, y, &name, Direction::Down, INK);
+            }
+        }
+    }
+}
+
+/// A bar and its number.
+fn bar(canvas: &mut Canvas, (x, y): (usize, usize), (part, value): (f32, f32), colour: Rgb) {
+    #[allow(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        clippy::cast_precision_loss
+    )]
+    // 0 to BAR
+    let length = (part * BAR as f32).round() as usize;
+    canvas.fill(x, y + 1, length, CHAR_HEIGHT + 2, colour);
+    let number = format!("{value:.4}");
+    canvas.text(x + length + 4, y + 2, &number, Direction::Across, INK);
 }
 
 /// A page that stands alone: tables of coloured cells, the number of each on hover.
@@ -250,7 +319,7 @@ pub fn html(title: &str, grids: &[Grid]) -> String {
     let mut page = format!(
         "<!doctype html><meta charset=\"utf-8\"><title>{0}</title><style>\
          body{{font:14px system-ui,sans-serif;margin:2rem;color:#1e1e1e}}table{{border-collapse:collapse;margin:.5rem 0 2rem}}\
-         td{{min-width:1.4rem;height:1.4rem;border:1px solid #fff}}th{{font-weight:normal;font-size:12px;padding:0 .4rem;text-align:right}}\
+         td{{min-width:1.4rem;height:1.4rem;border:1px solid #fff}}td.bar{{width:16rem}}td.bar div{{white-space:nowrap}}th{{font-weight:normal;font-size:12px;padding:0 .4rem;text-align:right}}\
          thead th{{writing-mode:vertical-rl;text-align:left;padding:.4rem 0}}p{{color:#666;margin:.2rem 0}}</style><h1>{0}</h1>",
         escaped(title)
     );
@@ -271,12 +340,19 @@ pub fn html(title: &str, grids: &[Grid]) -> String {
             for (at, value) in row.iter().enumerate() {
                 let [r, g, b] = grid.shade(*value).colour;
                 let column = grid.columns.get(at).map_or("", String::as_str);
-                let _ = write!(
-                    page,
-                    "<td style=\"background:rgb({r},{g},{b})\" title=\"{}, {}: {value}\"></td>",
-                    escaped(name),
-                    escaped(column)
-                );
+                let (name, column) = (escaped(name), escaped(column));
+                let _ = match grid.bar(*value) {
+                    Some(part) => write!(
+                        page,
+                        "<td class=\"bar\" title=\"{name}, {column}: {value}\">\
+                         <div style=\"width:{:.1}%;background:rgb({r},{g},{b})\">{value:.4}</div></td>",
+                        part * 100.0
+                    ),
+                    None => write!(
+                        page,
+                        "<td style=\"background:rgb({r},{g},{b})\" title=\"{name}, {column}: {value}\"></td>"
+                    ),
+                };
             }
             page.push_str("</tr>");
         }
@@ -339,5 +415,31 @@ mod tests {
         };
         assert_eq!(ranged.shade(2.0).colour, colour::scale(1.0));
         assert_eq!(ranged.shade(-1.0).text, " ·");
+    }
+
+    #[test]
+    fn bars_are_as_long_as_their_part() {
+        let bars = Grid {
+            scale: Scale::Bars(4.0),
+            ..grid()
+        };
+        let canvas = canvas(std::slice::from_ref(&bars)).unwrap();
+        let coloured = |colour| {
+            canvas
+                .rgb()
+                .as_chunks::<3>()
+                .0
+                .iter()
+                .filter(|p| **p == colour)
+                .count()
+        };
+        let row = CHAR_HEIGHT + 2;
+        assert!(coloured(colour::diverging(-1.0)) <= BAR / 4 * row);
+        assert_eq!(coloured(colour::diverging(1.0)), BAR / 2 * row);
+        let page = html("bars", &[bars]);
+        assert!(
+            page.contains("width:50.0%") && page.contains("width:25.0%"),
+            "{page}"
+        );
     }
 }

@@ -12,7 +12,7 @@ use self::learn::{LearnArgs, learn};
 use super::{
     client::{Session, Target},
     error::CliError,
-    intervene::{self, show},
+    intervene::{self, files, show},
     out,
     probe::{self, directions},
 };
@@ -147,7 +147,7 @@ async fn apply(args: &ApplyArgs) -> Result<(), CliError> {
     session.close().await;
     let answer = applied?;
     if args.json {
-        return out::print_json(&show::json(&answer));
+        return out::print_json(&files::facts(&answer));
     }
     out::print(&show::page(&answer))
 }

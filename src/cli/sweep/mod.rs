@@ -92,14 +92,14 @@ pub(super) struct SweepArgs {
     #[arg(long, value_enum, value_delimiter = ',')]
     by: Vec<By>,
     /// Put parts to what they are for this text (activation patching); with --mean, to that; else to zero
-    #[arg(long, value_name = "TEXT", conflicts_with_all = ["mean", "mean_file"])]
+    #[arg(long, value_name = "TEXT", conflicts_with_all = ["mean", "mean_file", "mean_ids"])]
     patch: Option<String>,
     /// The same, for these token ids
     #[arg(
         long,
         value_name = "ID,...",
         value_delimiter = ',',
-        conflicts_with_all = ["patch", "mean", "mean_file"]
+        conflicts_with_all = ["patch", "mean", "mean_file", "mean_ids"]
     )]
     patch_ids: Vec<u32>,
     #[command(flatten)]

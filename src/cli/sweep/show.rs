@@ -7,7 +7,7 @@ use super::Swept;
 use crate::cli::{
     arrays::Array,
     attribute::answer,
-    capture::json as common,
+    capture::{json as common, view::spelled},
     files::Contents,
     out::{self, clean},
     picture::{
@@ -130,24 +130,27 @@ fn named(found: &Swept, hook: &str, array: &Array, at: usize) -> String {
             continue;
         }
         name.push_str(&format!(", {axis} {index}"));
-        let token = found.header.tokens.get(index);
-        if let Some(token) = token.filter(|_| is_token(axis)) {
-            name.push_str(&format!(" ({})", clean(&token.text)));
+        if let Some(token) = token(found, axis, index) {
+            name.push_str(&format!(" ({token})"));
         }
     }
     name
 }
 
-fn is_token(axis: &str) -> bool {
-    matches!(axis, "pos" | "query" | "key")
+/// The token of an index of an axis of positions, where it is spelled.
+fn token(found: &Swept, axis: &str, index: usize) -> Option<String> {
+    match axis {
+        "pos" | "query" | "key" => spelled(&found.header.tokens, index),
+        _ => None,
+    }
 }
 
 /// Names of the indices of an axis.
 fn names(found: &Swept, axis: &str, extent: usize) -> Vec<String> {
-    let name = |at: usize| match found.header.tokens.get(at) {
-        Some(token) if is_token(axis) => clean(&token.text),
-        Some(_) | None if axis == "all" => String::new(),
-        Some(_) | None => at.to_string(),
+    let name = |at: usize| match token(found, axis, at) {
+        Some(token) => token,
+        None if axis == "all" => String::new(),
+        None => at.to_string(),
     };
     (0..extent).map(name).collect()
 }
