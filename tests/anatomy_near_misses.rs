@@ -8,7 +8,8 @@ use introspectd::{
         info::ModelInfo,
         spec::{LoadOptions, VariantSpec},
     },
-    onnx::{Folder, Limits, Model, Patch, Weights},
+    onnx::{Folder, Limits, Model, Patch, ValueId, Weights},
+    tensor::Tensor,
 };
 use support::{Worker, everything, fixture, inputs};
 
@@ -98,4 +99,109 @@ async fn a_file_whose_fused_kernels_refuse_what_their_standard_allows_is_served_
         .await
         .unwrap_or_else(|f| panic!("{}", f.message));
     assert!(ran.non_finite_picks.is_empty() && plain[0].shape()[0] == 2);
+}
+
+/// Width of the stream of the fixtures.
+const WIDTH: usize = 32;
+
+/// A weight of this shape, drawn from a seed.
+fn weight(patch: &mut Patch, shape: &[usize], seed: u32) -> ValueId {
+    let mut state = seed.wrapping_mul(2_654_435_769).wrapping_add(1);
+    let values: Vec<f32> = (0..shape.iter().product())
+        .map(|_| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 24) as f32 - 0.5
+        })
+        .collect();
+    let tensor = Tensor::from_f32(shape.to_vec(), &values).unwrap();
+    patch.constant("weight", &tensor)
+}
+
+fn times(patch: &mut Patch, x: ValueId, shape: [usize; 2], seed: u32) -> ValueId {
+    let weight = weight(patch, &shape, seed);
+    patch.op("MatMul", &[x, weight], Vec::new())
+}
+
+/// `x + perceptron(x)`
+fn with_perceptron(patch: &mut Patch, x: ValueId, seed: u32) -> ValueId {
+    let up = times(patch, x, [WIDTH, 16], seed);
+    let bent = patch.op("Relu", &[up], Vec::new());
+    let down = times(patch, bent, [16, WIDTH], seed + 1);
+    patch.op("Add", &[x, down], Vec::new())
+}
+
+/// A fixture with `f` put behind a hook point of every layer.
+async fn behind(
+    name: &str,
+    hook: &str,
+    f: impl Fn(&mut Patch, ValueId, u32) -> ValueId,
+) -> (ModelInfo, ModelInfo) {
+    let (_worker, whole) = Worker::with(name).await;
+    let values = values(&whole, hook);
+    assert!(values.len() > 1, "{name} has {hook}");
+    let (_worker, info) = changed(name, |patch| {
+        for (layer, value) in (0..).zip(&values) {
+            let value = patch.draft().value(value).unwrap();
+            patch.intercept(value, |patch, v| f(patch, v, 10 * layer));
+        }
+    })
+    .await;
+    assert!(info.certificate.checks.iter().all(|c| c.passed));
+    (whole, info)
+}
+
+/// What a hook point stands for in every layer that has it.
+fn values(info: &ModelInfo, hook: &str) -> Vec<String> {
+    let ends = format!(".{hook}");
+    let hooks = info.hooks.iter();
+    let found = hooks.filter(|h| h.layer.is_some() && h.name.ends_with(&ends));
+    found.map(|h| h.value.clone()).collect()
+}
+
+/// Why the first layer lacks a hook point.
+fn why(info: &ModelInfo, hook: &str) -> String {
+    let name = format!("blocks.0.{hook}");
+    let found = info.missing.iter().find(|m| m.hook == name);
+    found
+        .unwrap_or_else(|| panic!("{name}: {:?}", info.missing))
+        .reason
+        .clone()
+}
+
+#[tokio::test]
+async fn of_two_perceptrons_in_a_layer_none_is_the_layers() {
+    let (whole, info) = behind("bert.legacy14", "hook_resid_post", with_perceptron).await;
+    for hook in ["mlp.hook_pre", "mlp.hook_post", "hook_mlp_out"] {
+        assert!(values(&info, hook).is_empty(), "{hook}");
+        assert_eq!(why(&info, hook), "the layer has 2 perceptrons");
+    }
+    for hook in ["hook_attn_out", "hook_resid_mid", "attn.hook_z"] {
+        assert_eq!(values(&info, hook), values(&whole, hook), "{hook}");
+    }
+}
+
+#[tokio::test]
+async fn an_attention_with_a_perceptron_behind_it_has_no_output_of_its_own() {
+    let (whole, info) = behind("bert.legacy14", "hook_attn_out", with_perceptron).await;
+    assert!(values(&info, "hook_attn_out").is_empty());
+    assert!(why(&info, "hook_attn_out").contains("a perceptron behind it"));
+    for hook in ["attn.hook_z", "mlp.hook_post", "hook_mlp_out"] {
+        assert_eq!(values(&info, hook), values(&whole, hook), "{hook}");
+    }
+}
+
+#[tokio::test]
+async fn a_gate_behind_an_attention_belongs_to_its_output() {
+    let gate = |patch: &mut Patch, x: ValueId, seed: u32| {
+        let gate = times(patch, x, [WIDTH, WIDTH], seed);
+        let gate = patch.op("Sigmoid", &[gate], Vec::new());
+        patch.op("Mul", &[x, gate], Vec::new())
+    };
+    let (whole, info) = behind("gpt2.legacy14", "hook_attn_out", gate).await;
+    let (before, after) = (
+        values(&whole, "hook_attn_out"),
+        values(&info, "hook_attn_out"),
+    );
+    assert_eq!(before.len(), after.len(), "{:?}", info.missing);
+    assert!(before.iter().zip(&after).all(|(b, a)| b != a));
 }

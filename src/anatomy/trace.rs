@@ -408,7 +408,7 @@ fn observe(graph: &Graph, flow: &Flow<'_>, trace: &Trace) -> Vec<ValueId> {
     }
     for layer in &trace.layers {
         wanted.extend([layer.start, layer.end]);
-        wanted.extend(layer.attention_out);
+        wanted.extend(layer.attention_out.iter().flatten());
         for block in [&layer.attention_block, &layer.mlp_block]
             .into_iter()
             .flatten()

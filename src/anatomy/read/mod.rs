@@ -332,23 +332,27 @@ fn read_layer(lab: &Lab<'_>, found: &mut Found, dims: &mut Dims, view: &LayerVie
         None => {}
     }
 
-    let attention_out = view
-        .layer
-        .attention_out
-        .and_then(|v| found.add_streamed(name("hook_attn_out"), Some(l), see(v)));
+    let attention_out = match &view.layer.attention_out {
+        Some(Ok(v)) => found.add_streamed(name("hook_attn_out"), Some(l), see(*v)),
+        Some(Err(reason)) => {
+            found.lack(&name("hook_attn_out"), reason);
+            None
+        }
+        None => None,
+    };
     let mid = match (&view.layer.attention_block, &view.layer.mlp_block) {
         (Some(a), Some(_)) if !view.layer.parallel => {
             found.add_streamed(name("hook_resid_mid"), Some(l), see(a.end))
         }
         _ => {
-            found.lack(
-                &name("hook_resid_mid"),
-                if view.layer.parallel {
+            let reason = match &view.layer.attention_out {
+                _ if view.layer.parallel => {
                     "attention and perceptron read the same stream and are added at once"
-                } else {
-                    "the layer has no perceptron behind an attention"
-                },
-            );
+                }
+                Some(Err(reason)) => reason,
+                Some(Ok(_)) | None => "the layer has no perceptron behind an attention",
+            };
+            found.lack(&name("hook_resid_mid"), reason);
             None
         }
     };
@@ -381,7 +385,7 @@ fn read_layer(lab: &Lab<'_>, found: &mut Found, dims: &mut Dims, view: &LayerVie
                 found.lack(&name(hook), reason);
             }
             match &view.layer.mlp_block {
-                Some(block) if block.branches.len() == 1 => {
+                Some(block) if block.branches.len() == 1 && view.layer.perceptrons < 2 => {
                     found.add_streamed(name("hook_mlp_out"), Some(l), see(block.branches[0]))
                 }
                 _ => {
