@@ -8,7 +8,7 @@ use introspectd::{
         info::ModelInfo,
         spec::{LoadOptions, VariantSpec},
     },
-    onnx::{Folder, Limits, Model, Patch, ValueId, Weights},
+    onnx::{Attribute, Folder, Limits, Model, Patch, ValueId, Weights},
     tensor::Tensor,
 };
 use support::{Worker, everything, fixture, inputs};
@@ -204,4 +204,75 @@ async fn a_gate_behind_an_attention_belongs_to_its_output() {
     );
     assert_eq!(before.len(), after.len(), "{:?}", info.missing);
     assert!(before.iter().zip(&after).all(|(b, a)| b != a));
+}
+
+/// BERT whose layers end in something else than their norm.
+async fn ending(f: impl Fn(&mut Patch, ValueId, ValueId) -> ValueId) -> (ModelInfo, ModelInfo) {
+    let (_worker, whole) = Worker::with("bert.dynamo20").await;
+    let sums = values(&whole, "hook_resid_post");
+    let norms = values(&whole, "hook_normalized_resid_post");
+    assert!(sums.len() == norms.len() && sums.len() > 1);
+    let (_worker, info) = changed("bert.dynamo20", |patch| {
+        for (sum, norm) in sums.iter().zip(&norms) {
+            let id = |name: &str| patch.draft().value(name).unwrap();
+            let (sum, norm) = (id(sum), id(norm));
+            patch.intercept(norm, |patch, norm| f(patch, sum, norm));
+        }
+    })
+    .await;
+    assert!(info.certificate.checks.iter().all(|c| c.passed));
+    (whole, info)
+}
+
+#[tokio::test]
+async fn what_leaves_the_last_layer_is_what_leaves_the_others() {
+    // XLM: padding is zeroed behind the norm.
+    let masked = |patch: &mut Patch, _: ValueId, norm: ValueId| {
+        let mask = patch.draft().value("attention_mask").unwrap();
+        let mask = patch.op("Cast", &[mask], vec![Attribute::int("to", 1)]);
+        let axis = patch.ints(&[-1]);
+        let mask = patch.op("Unsqueeze", &[mask, axis], Vec::new());
+        patch.op("Mul", &[norm, mask], Vec::new())
+    };
+    // MobileBERT: a weight and a bias without a norm.
+    let affine = |patch: &mut Patch, sum: ValueId, _: ValueId| {
+        let (scale, shift) = (weight(patch, &[WIDTH], 1), weight(patch, &[WIDTH], 2));
+        let scaled = patch.op("Mul", &[sum, scale], Vec::new());
+        patch.op("Add", &[scaled, shift], Vec::new())
+    };
+    for (whole, info) in [ending(masked).await, ending(affine).await] {
+        assert_eq!(
+            values(&info, "hook_resid_post"),
+            values(&whole, "hook_resid_post"),
+            "the sums of all layers"
+        );
+        let ends = values(&info, "hook_normalized_resid_post");
+        assert_eq!(ends.len(), info.dims.layers);
+        assert_eq!(
+            ends[..ends.len() - 1],
+            values(&info, "hook_resid_pre")[1..],
+            "what the next layer reads"
+        );
+        let last = info.hook(&format!("hidden_states.{}", info.dims.layers));
+        assert_eq!(last.map(|h| &h.value), ends.last());
+    }
+}
+
+#[tokio::test]
+async fn a_scale_that_every_layer_ends_with_lies_before_the_end_of_all() {
+    let scaled = |patch: &mut Patch, sum: ValueId, _: ValueId| {
+        let half = patch.scalar(0.5);
+        patch.op("Mul", &[sum, half], Vec::new())
+    };
+    let (_, info) = ending(scaled).await;
+    let ends = values(&info, "hook_resid_post");
+    assert_eq!(ends.len(), info.dims.layers);
+    assert_eq!(
+        ends[..ends.len() - 1],
+        values(&info, "hook_resid_pre")[1..],
+        "what the next layer reads"
+    );
+    let last = info.hook(&format!("hidden_states.{}", info.dims.layers));
+    assert_eq!(last.map(|h| &h.value), ends.last());
+    assert!(values(&info, "hook_normalized_resid_post").is_empty());
 }

@@ -582,8 +582,6 @@ fn read_ends(lab: &Lab<'_>, found: &mut Found, dims: &mut Dims, positions: Optio
         return;
     };
     found.alias("blocks.0.hook_resid_pre", "hook_embed_out".to_owned());
-    let l = trace.layers.len() - 1;
-    let name = |inside: &str| format!("blocks.{l}.{inside}");
     let see = |value: ValueId| stream(lab, value, positions, Axis::DModel);
     let Ok(end) = see(last.end) else {
         return;
@@ -597,7 +595,7 @@ fn read_ends(lab: &Lab<'_>, found: &mut Found, dims: &mut Dims, positions: Optio
         if let Some(next) = leaves(trace, at)
             && next != layer.end
             && let (Ok(sum), Ok(normed)) = (see(layer.end), see(next))
-            && stream::is_norm(&sum.placed, &normed.placed)
+            && stream::is_norm_of_layer(&sum.placed, &normed.placed)
         {
             normalises = true;
             found.add(
@@ -615,14 +613,9 @@ fn read_ends(lab: &Lab<'_>, found: &mut Found, dims: &mut Dims, positions: Optio
         );
         return;
     }
-    // Something else that every layer ends with, the last one included: it belongs to the layer.
-    if trace.between_layers > 0
-        && let Some(value) = leaves(trace, l)
-        && let Ok(s) = see(value)
-    {
-        let post = name("hook_resid_post");
-        found.hooks.retain(|h| h.name != post);
-        found.add(post, Some(l), &s.placed, s.axes);
+    // Something else that every layer ends with belongs to all of them.
+    if trace.between_layers > 0 {
+        end_behind(found, trace, see);
     }
     let way = trace
         .tail
@@ -644,6 +637,29 @@ fn read_ends(lab: &Lab<'_>, found: &mut Found, dims: &mut Dims, positions: Optio
             "ln_final.hook_normalized",
             "no norm of the last layer's output follows it",
         ),
+    }
+}
+
+/// Moves `hook_resid_post` of every layer behind what the layer makes of its sum: of all or of none.
+fn end_behind(found: &mut Found, trace: &Trace, see: impl Fn(ValueId) -> Result<Streamed, String>) {
+    let ends: Option<Vec<Streamed>> = (0..trace.layers.len())
+        .map(|at| see(leaves(trace, at)?).ok())
+        .collect();
+    for (at, end) in ends.into_iter().flatten().enumerate() {
+        let name = format!("blocks.{at}.hook_resid_post");
+        if let Some(hook) = found.hooks.iter_mut().find(|h| h.name == name) {
+            hook.value = end.placed.value;
+            hook.layout = end.placed.layout.clone();
+            hook.dims = end.placed.dims();
+            hook.dtype = end.placed.dtype;
+            hook.axes = end.axes;
+        }
+        // These were about the sum.
+        let sums = [certificate::RESID_POST, certificate::RESID_PARALLEL];
+        let subject = format!("blocks.{at}");
+        found
+            .checks
+            .retain(|c| !sums.contains(&c.name.as_str()) || c.subject != subject);
     }
 }
 
