@@ -5,11 +5,11 @@ mod support;
 
 use introspectd::{
     ipc::{
-        info::ModelInfo,
+        info::{Axis, InputRole, ModelInfo},
         spec::{LoadOptions, VariantSpec},
     },
-    onnx::{Attribute, Folder, Limits, Model, Patch, ValueId, Weights},
-    tensor::Tensor,
+    onnx::{Attribute, Dim, Folder, Limits, Model, Patch, ValueId, Weights},
+    tensor::{DType, Tensor},
 };
 use support::{Worker, everything, fixture, inputs};
 
@@ -275,4 +275,73 @@ async fn a_scale_that_every_layer_ends_with_lies_before_the_end_of_all() {
     let last = info.hook(&format!("hidden_states.{}", info.dims.layers));
     assert_eq!(last.map(|h| &h.value), ends.last());
     assert!(values(&info, "hook_normalized_resid_post").is_empty());
+}
+
+/// GPT-2 whose layers look at a second sequence too, of the same table or of one of its own.
+async fn looking_at_another(own_table: bool) -> (Worker, ModelInfo) {
+    let (_worker, whole) = Worker::with("gpt2.legacy14").await;
+    let middles = values(&whole, "hook_resid_mid");
+    let embed = whole.hook("hook_embed").unwrap().value.clone();
+    changed("gpt2.legacy14", |patch| {
+        let dims = || vec![Dim::Named("batch".into()), Dim::Named("source".into())];
+        let ids = patch.input("source_ids", DType::I64, dims()).unwrap();
+        let mask = patch.input("source_mask", DType::I64, dims()).unwrap();
+        let table = if own_table {
+            weight(patch, &[320, WIDTH], 7)
+        } else {
+            let rows = patch.draft().value(&embed).unwrap();
+            let lookup = patch.draft().producer(rows).unwrap();
+            patch.draft().node(lookup).input(0).unwrap()
+        };
+        let source = patch.op("Gather", &[table, ids], Vec::new());
+        let source = with_perceptron(patch, source, 70);
+        let mask = patch.op("Cast", &[mask], vec![Attribute::int("to", 1)]);
+        let axis = patch.ints(&[1]);
+        let mask = patch.op("Unsqueeze", &[mask, axis], Vec::new());
+        let one = patch.scalar(1.0);
+        let hidden = patch.op("Sub", &[one, mask], Vec::new());
+        let much = patch.scalar(-1e4);
+        let hidden = patch.op("Mul", &[hidden, much], Vec::new());
+        for (layer, middle) in (0u32..).zip(&middles) {
+            let middle = patch.draft().value(middle).unwrap();
+            patch.intercept(middle, |patch, x| {
+                let square = [WIDTH, WIDTH];
+                let q = times(patch, x, square, 100 + layer);
+                let k = times(patch, source, square, 110 + layer);
+                let v = times(patch, source, square, 120 + layer);
+                let turned = vec![Attribute::ints("perm", &[0, 2, 1])];
+                let k = patch.op("Transpose", &[k], turned);
+                let scores = patch.op("MatMul", &[q, k], Vec::new());
+                let scores = patch.op("Add", &[scores, hidden], Vec::new());
+                let last = vec![Attribute::int("axis", -1)];
+                let pattern = patch.op("Softmax", &[scores], last);
+                let z = patch.op("MatMul", &[pattern, v], Vec::new());
+                let out = times(patch, z, square, 130 + layer);
+                patch.op("Add", &[x, out], Vec::new())
+            });
+        }
+    })
+    .await
+}
+
+#[tokio::test]
+async fn the_ids_of_another_sequence_are_the_callers_to_give() {
+    for own_table in [false, true] {
+        let (_worker, info) = looking_at_another(own_table).await;
+        let input = |name: &str| info.inputs.iter().find(|i| i.name == name).unwrap();
+        assert_eq!(input("input_ids").role, InputRole::TokenIds);
+        assert_eq!(input("attention_mask").role, InputRole::AttentionMask);
+        for name in ["source_ids", "source_mask"] {
+            assert_eq!(input(name).role, InputRole::Other, "{name}");
+            assert!(input(name).axes.is_empty(), "its length is its own");
+        }
+        let said = |n: &String| n.contains("\"source_ids\", \"source_mask\"");
+        assert!(info.notes.iter().any(said), "{:?}", info.notes);
+        let pattern = info.hook("blocks.0.cross_attn.hook_pattern").unwrap();
+        let source = Axis::Other("source".to_owned());
+        assert_eq!(pattern.axes.last(), Some(&source));
+        assert_eq!(pattern.dims.last(), Some(&None), "it varies");
+        assert!(info.pads, "the tokens have their mask");
+        assert!(info.certificate.checks.iter().all(|c| c.passed));
+    }
 }

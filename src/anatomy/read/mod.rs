@@ -19,6 +19,7 @@ use stream::{Streamed, norm_along, stream, sum_error};
 use super::{
     certificate,
     hooks::{Anatomy, HookPoint},
+    inputs::InputTrace,
     layers::LayerTrace,
     picture,
     trace::Trace,
@@ -130,6 +131,7 @@ pub fn read(model: &Model, trace: &Trace, trials: &Trials) -> Anatomy {
             }
         }
     }
+    note_another_sequence(&mut found, &inputs);
     let inverted = trials.plan.mask_of_tokens == 0;
     if inverted {
         for input in inputs
@@ -267,6 +269,20 @@ impl Found {
             }
         }
         self.checks.push(check);
+    }
+}
+
+/// Says which inputs hold another sequence than the tokens.
+fn note_another_sequence(found: &mut Found, inputs: &[InputTrace]) {
+    let apart = inputs.iter().filter(|i| i.apart);
+    let names: Vec<String> = apart.map(|i| format!("\"{}\"", i.name)).collect();
+    let tokens = inputs.iter().find(|i| i.role == InputRole::TokenIds);
+    if let (Some(tokens), false) = (tokens, names.is_empty()) {
+        found.notes.push(format!(
+            "tokens are those of \"{}\"; what belongs to another sequence must be given as tensors, with the tokens as one too: {}",
+            tokens.name,
+            names.join(", ")
+        ));
     }
 }
 
@@ -500,7 +516,12 @@ fn add_attention(
     } else {
         Axis::Batch
     };
-    let square = [rows.clone(), Axis::Head, Axis::Query, Axis::Key];
+    // Positions of another sequence are not those of the tokens: no padding of ours lengthens them.
+    let keys = |own: Axis| match part {
+        "attn" => own,
+        _ => Axis::Other("source".to_owned()),
+    };
+    let square = [rows.clone(), Axis::Head, Axis::Query, keys(Axis::Key)];
     let kv = match a.kv_heads {
         Some(n) if n < a.heads => Axis::KvHead,
         _ => Axis::Head,
@@ -514,19 +535,22 @@ fn add_attention(
     found.add_placed(name("attn_scores"), l, &a.scores, &square);
     found.add_placed(name("q"), l, &a.q, &per_head);
     let k_axes = a.k.as_ref().map_or(per_head.to_vec(), |k| {
-        vec![rows.clone(), Axis::Pos, k_heads(k), Axis::DHead]
+        vec![rows.clone(), keys(Axis::Pos), k_heads(k), Axis::DHead]
     });
     found.add_placed(name("k"), l, &a.k, &k_axes);
     found.add_placed(
         name("v"),
         l,
         &a.v,
-        &[rows.clone(), Axis::Pos, kv, Axis::DHead],
+        &[rows.clone(), keys(Axis::Pos), kv, Axis::DHead],
     );
     found.add_placed(name("z"), l, &a.z, &per_head);
-    for (inside, placed) in [("rot_q", &a.rot_q), ("rot_k", &a.rot_k)] {
+    for (inside, placed, pos) in [
+        ("rot_q", &a.rot_q, Axis::Pos),
+        ("rot_k", &a.rot_k, keys(Axis::Pos)),
+    ] {
         if let Some(placed) = placed {
-            let axes = vec![rows.clone(), Axis::Pos, k_heads(placed), Axis::DHead];
+            let axes = vec![rows.clone(), pos, k_heads(placed), Axis::DHead];
             found.add(name(inside), Some(l), placed, axes);
         }
     }
