@@ -1,7 +1,8 @@
 //! Residual blocks in the order of the stream become layers.
 //!
 //! A layer holds one self-attention, with what stands beside it in every other layer: usually one perceptron behind
-//! it; one in front as well in a "macaron"; a cross-attention in a decoder. Mixers other than attention
+//! it; one in front as well in a "macaron"; adapters behind it; a cross-attention in a decoder. Of several perceptrons none is
+//! *the* perceptron of the layer. Mixers other than attention
 //! (convolutions, linear recurrences) followed by a perceptron make a layer without attention, so that layers keep
 //! the numbers that their authors gave them.
 
@@ -9,10 +10,12 @@ use super::{
     attention::AttentionTrace,
     blocks::{Block, holds},
     flow::Flow,
-    mlp::{MlpTrace, mlp},
-    ops::walk_back,
+    mlp::{MlpTrace, mlp, reached_nodes},
+    ops::{dequantises, is_activation, is_layout, is_projection, walk_back},
 };
-use crate::onnx::ValueId;
+use crate::onnx::{NodeId, ValueId};
+
+const NO_PERCEPTRON: &str = "the layer has no perceptron";
 
 /// One layer, as far as structure tells.
 #[derive(Clone, Debug)]
@@ -27,12 +30,14 @@ pub struct LayerTrace {
     pub cross_attention: Option<usize>,
     /// Where the attention is added to the stream.
     pub attention_block: Option<Block>,
-    /// What the attention adds to the stream.
-    pub attention_out: Option<ValueId>,
+    /// What the attention adds to the stream, or why it cannot be told; none without attention.
+    pub attention_out: Option<Result<ValueId, String>>,
     /// Where the (last) perceptron is added to the stream.
     pub mlp_block: Option<Block>,
     /// The perceptron, or why there is none to show.
     pub mlp: Result<MlpTrace, String>,
+    /// How many perceptrons were found, each adding to the stream.
+    pub perceptrons: usize,
     /// Attention and perceptron read the same stream and are added at once.
     pub parallel: bool,
 }
@@ -49,7 +54,7 @@ struct Part {
     block: Block,
     kind: Kind,
     mlp: Result<MlpTrace, String>,
-    attention_out: Option<ValueId>,
+    attention_out: Option<Result<ValueId, String>>,
 }
 
 /// Layers, and the attentions that belong to none of them.
@@ -121,15 +126,16 @@ fn part(
         Kind::Cross(one)
     };
     let z = attentions[one].z[0];
-    let (attention_out, mlp_out) = shares(flow, block, z);
+    let (attention_out, mlp) = match shares(flow, block, z) {
+        Ok((attended, Some(out))) => (Ok(attended), mlp(flow, block.start, out)),
+        Ok((attended, None)) => (Ok(attended), Err(NO_PERCEPTRON.to_owned())),
+        Err(reason) => (Err(reason.clone()), Err(reason)),
+    };
     Part {
         block: block.clone(),
         kind,
-        mlp: match mlp_out {
-            Some(out) => mlp(flow, block.start, out),
-            None => Err("it has no perceptron".to_owned()),
-        },
-        attention_out,
+        mlp,
+        attention_out: Some(attention_out),
     }
 }
 
@@ -141,31 +147,65 @@ fn routed(flow: &Flow<'_>, block: &Block) -> bool {
 }
 
 /// What attention and perceptron each add to the stream in this block.
-fn shares(flow: &Flow<'_>, block: &Block, z: ValueId) -> (Option<ValueId>, Option<ValueId>) {
+fn shares(
+    flow: &Flow<'_>,
+    block: &Block,
+    z: ValueId,
+) -> Result<(ValueId, Option<ValueId>), String> {
     if let [a, b] = block.branches[..] {
         return match (flow.reaches(z, a), flow.reaches(z, b)) {
-            (true, false) => (Some(a), Some(b)),
-            (false, true) => (Some(b), Some(a)),
-            _ => (None, None),
+            (true, false) => Ok((a, Some(b))),
+            (false, true) => Ok((b, Some(a))),
+            _ => Err("more than one branch holds the attention".to_owned()),
         };
     }
     let [branch] = block.branches[..] else {
-        return (None, None);
+        return Err("attention and perceptron are not told apart in the layer's sum".to_owned());
     };
     // One branch may itself be the sum of both.
-    for v in walk_back(flow, branch, super::ops::is_layout) {
+    for v in walk_back(flow, branch, is_layout) {
         if let Some((_, node)) = flow.maker(v)
             && node.is("Add")
             && let [a, b] = flow.live_inputs(node)[..]
         {
             match (flow.reaches(z, a), flow.reaches(z, b)) {
-                (true, false) if flow.dominates(block.start, b) => return (Some(a), Some(b)),
-                (false, true) if flow.dominates(block.start, a) => return (Some(b), Some(a)),
+                (true, false) if flow.dominates(block.start, b) => return Ok((a, Some(b))),
+                (false, true) if flow.dominates(block.start, a) => return Ok((b, Some(a))),
                 _ => {}
             }
         }
     }
-    (Some(branch), None)
+    if goes_on(flow, z, branch) {
+        return Err("one branch holds the attention and a perceptron behind it".to_owned());
+    }
+    Ok((branch, None))
+}
+
+/// Whether a perceptron lies between the product that all of z passes and the end of its branch: a bend with weights behind it. A gate
+/// or a norm on the way is none.
+fn goes_on(flow: &Flow<'_>, z: ValueId, branch: ValueId) -> bool {
+    let node = |id: NodeId| flow.graph().node(id);
+    let made = |id: NodeId| node(id).output(0);
+    let mut way = reached_nodes(flow, z, branch);
+    way.sort_by_key(|id| made(*id).map(|v| flow.order(v)));
+    let projects = |id: &&NodeId| {
+        let node = node(**id);
+        is_projection(flow, node) || dequantises(flow, node)
+    };
+    let own = way
+        .iter()
+        .filter(projects)
+        .filter_map(|id| made(*id))
+        .find(|v| flow.post_dominates(*v, z));
+    let Some(own) = own else {
+        return false;
+    };
+    let mut backwards = way.iter().rev().filter(projects);
+    let last = backwards.find_map(|id| made(*id));
+    way.iter()
+        .filter(|id| is_activation(node(**id)))
+        .filter_map(|id| made(*id))
+        .any(|bend| flow.reaches(own, bend) && last.is_some_and(|l| flow.reaches(bend, l)))
 }
 
 /// Ranges of parts that make one layer each.
@@ -253,10 +293,13 @@ fn layer(parts: &[Part], group: Vec<usize>) -> LayerTrace {
     });
     let parallel = attention.is_some_and(|(_, p)| p.mlp.is_ok());
     let separate = members.iter().rev().find(|p| p.kind == Kind::Mlp);
-    let mlp = match (parallel, separate) {
-        (true, _) => attention.map(|(_, p)| p.mlp.clone()),
-        (false, Some(p)) => Some(p.mlp.clone()),
-        (false, None) => None,
+    let apart = members.iter().filter(|p| p.kind == Kind::Mlp).count();
+    let perceptrons = apart + usize::from(parallel);
+    let mlp = match (perceptrons, separate, attention) {
+        (2.., _, _) => Err(format!("the layer has {perceptrons} perceptrons")),
+        (_, Some(p), _) => p.mlp.clone(),
+        (_, None, Some((_, p))) => p.mlp.clone(),
+        (_, None, None) => Err(NO_PERCEPTRON.to_owned()),
     };
     LayerTrace {
         start: members[0].block.start,
@@ -264,9 +307,10 @@ fn layer(parts: &[Part], group: Vec<usize>) -> LayerTrace {
         attention: attention.map(|(i, _)| i),
         cross_attention,
         attention_block: attention.map(|(_, p)| p.block.clone()),
-        attention_out: attention.and_then(|(_, p)| p.attention_out),
+        attention_out: attention.and_then(|(_, p)| p.attention_out.clone()),
         mlp_block: separate.map(|p| p.block.clone()),
-        mlp: mlp.unwrap_or_else(|| Err("the layer has no perceptron".to_owned())),
+        mlp,
+        perceptrons,
         parallel,
     }
 }

@@ -161,7 +161,7 @@ fn bends(flow: &Flow<'_>, from: ValueId, to: ValueId, other: Option<ValueId>) ->
 }
 
 /// Nodes on ways from `from` to `to`.
-fn reached_nodes(flow: &Flow<'_>, from: ValueId, to: ValueId) -> Vec<NodeId> {
+pub(super) fn reached_nodes(flow: &Flow<'_>, from: ValueId, to: ValueId) -> Vec<NodeId> {
     let mut open = vec![to];
     let mut seen = HashSet::from([to]);
     let mut nodes = Vec::new();

@@ -52,6 +52,11 @@ pub(super) fn is_copy(node: &Node) -> bool {
         )
 }
 
+/// A sum of tensors, element by element.
+pub(super) fn is_sum(node: &Node) -> bool {
+    named(node, &["Add", "Sum"])
+}
+
 /// A product of two tensors that sums over an axis.
 pub(super) fn is_product(node: &Node) -> bool {
     named(

@@ -7,12 +7,12 @@ use super::{
     attention::{AttentionTrace, Rejected, Softmax, attention, softmaxes},
     blocks::{blocks, holds},
     flow::Flow,
-    inputs::{InputTrace, Lookup, calls_itself, lookups, roles},
+    inputs::{InputTrace, Lookup, Stream, calls_itself, lookups, roles},
     layers::{LayerTrace, layers},
-    ops::{is_layout, is_projection},
+    ops::{is_layout, is_projection, is_sum},
 };
 use crate::{
-    onnx::{Graph, Model, Node, ValueId},
+    onnx::{Graph, Model, NodeId, ValueId},
     tensor::Tensor,
 };
 
@@ -68,7 +68,7 @@ pub fn trace(model: &Model) -> Trace {
     let graph = &model.graph;
     let Some((start, lookup, flow)) = spine(graph) else {
         return Trace {
-            inputs: roles(graph, None, None, &[]),
+            inputs: roles(graph, None),
             start: None,
             embed: None,
             added: Vec::new(),
@@ -118,9 +118,7 @@ pub fn trace(model: &Model) -> Trace {
     let mut trace = Trace {
         inputs: roles(
             graph,
-            lookup.as_ref(),
-            Some(start),
-            &found.iter().map(|s| s.node).collect::<Vec<_>>(),
+            Some(&stream(&flow, lookup.as_ref(), &attentions, &found)),
         ),
         start: Some(start),
         embed: embed(&flow, lookup.is_some(), layers.first()),
@@ -147,6 +145,27 @@ pub fn trace(model: &Model) -> Trace {
     trace
 }
 
+/// What the inputs are judged against.
+fn stream<'f, 'g>(
+    flow: &'f Flow<'g>,
+    tokens: Option<&'f Lookup>,
+    attentions: &[AttentionTrace],
+    found: &[Softmax],
+) -> Stream<'f, 'g> {
+    let across: Vec<NodeId> = attentions
+        .iter()
+        .filter(|a| !a.self_attention)
+        .map(|a| a.softmax.node)
+        .collect();
+    let own = found.iter().map(|s| s.node);
+    Stream {
+        flow,
+        tokens,
+        own: own.filter(|n| !across.contains(n)).collect(),
+        across,
+    }
+}
+
 fn embed(flow: &Flow<'_>, ids: bool, first: Option<&LayerTrace>) -> Option<ValueId> {
     if ids {
         return Some(flow.start());
@@ -162,7 +181,6 @@ fn added(flow: &Flow<'_>, first: Option<&LayerTrace>) -> Vec<ValueId> {
     let Some(end) = first.map(|l| l.start) else {
         return Vec::new();
     };
-    let is_sum = |node: &Node| node.is("Add") || node.is("Sum");
     let graph = flow.graph();
     let mut found = Vec::new();
     for (_, node) in graph.nodes().filter(|(_, n)| is_sum(n)) {
@@ -408,7 +426,7 @@ fn observe(graph: &Graph, flow: &Flow<'_>, trace: &Trace) -> Vec<ValueId> {
     }
     for layer in &trace.layers {
         wanted.extend([layer.start, layer.end]);
-        wanted.extend(layer.attention_out);
+        wanted.extend(layer.attention_out.iter().flatten());
         for block in [&layer.attention_block, &layer.mlp_block]
             .into_iter()
             .flatten()

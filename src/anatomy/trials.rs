@@ -4,6 +4,9 @@
 //! from every fixed one. The rows carry relations that tell folded axes apart and show what padding does:
 //! - run [`Trials::TWINS`]: its last row equals its first, and its second differs;
 //! - run [`Trials::PADDED`]: its second row is the second row of the twins, padded at the end under a zero mask.
+//!
+//! A sequence beside the tokens (an encoder's) has a length of its own, the same in these two runs and another in the first, unless
+//! the model wants it as long as the tokens.
 
 use std::collections::BTreeMap;
 
@@ -216,12 +219,53 @@ pub fn trial_plans(trace: &Trace) -> impl Iterator<Item = TrialPlan> + '_ {
     } else {
         &[1]
     };
+    let apart: &[bool] = if trace.inputs.iter().any(|i| i.apart) {
+        &[true, false]
+    } else {
+        &[false]
+    };
     sizes.into_iter().flat_map(move |(batch, length)| {
-        let fixed = fixed;
-        masks
-            .iter()
-            .filter_map(move |mask| plan(trace, fixed, *mask, batch, length))
+        let sizes: Vec<(usize, usize)> = batch
+            .into_iter()
+            .zip(length)
+            .map(|(b, l)| (fixed.batch.unwrap_or(b), fixed.length.unwrap_or(l)))
+            .collect();
+        apart.iter().flat_map(move |apart| {
+            let sizes = Sizes::of(&sizes, *apart);
+            masks
+                .iter()
+                .filter_map(move |mask| plan(trace, *mask, &sizes))
+        })
     })
+}
+
+/// Extents of one run.
+#[derive(Clone, Copy)]
+struct Sizes {
+    batch: usize,
+    length: usize,
+    /// Length of a sequence beside the tokens.
+    other: usize,
+}
+
+impl Sizes {
+    /// Of all runs; a sequence apart is long where the tokens are short and short where they are padded.
+    fn of(runs: &[(usize, usize)], apart: bool) -> Vec<Sizes> {
+        let shortest = runs.iter().map(|(_, length)| *length).min().unwrap_or(1);
+        let longest = runs.iter().map(|(_, length)| *length).max().unwrap_or(1);
+        runs.iter()
+            .enumerate()
+            .map(|(run, (batch, length))| Sizes {
+                batch: *batch,
+                length: *length,
+                other: match (apart, run) {
+                    (false, _) => *length,
+                    (true, 0) => longest,
+                    (true, _) => shortest,
+                },
+            })
+            .collect()
+    }
 }
 
 fn main_input(trace: &Trace) -> Option<&InputTrace> {
@@ -265,23 +309,13 @@ impl Fixed {
 const MAX_ELEMENTS: usize = 1 << 25;
 
 /// The plan of one choice of sizes; none when the file declares inputs too large to be tried.
-fn plan(
-    trace: &Trace,
-    fixed: Fixed,
-    mask_of_tokens: u8,
-    batches: [usize; 3],
-    lengths: [usize; 3],
-) -> Option<TrialPlan> {
-    let sizes: Vec<(usize, usize)> = batches
-        .iter()
-        .zip(lengths)
-        .map(|(b, l)| (fixed.batch.unwrap_or(*b), fixed.length.unwrap_or(l)))
-        .collect();
+fn plan(trace: &Trace, mask_of_tokens: u8, sizes: &[Sizes]) -> Option<TrialPlan> {
     let mut runs: Vec<TrialRun> = Vec::new();
-    for (run, (batch, length)) in sizes.iter().copied().enumerate() {
+    for (run, size) in sizes.iter().enumerate() {
+        let Sizes { batch, length, .. } = *size;
         let mut inputs = Vec::new();
         for input in &trace.inputs {
-            let shape = shape(trace, input, batch, length);
+            let shape = shape(trace, input, *size);
             shape
                 .iter()
                 .try_fold(1usize, |n, extent| n.checked_mul(*extent))
@@ -290,7 +324,7 @@ fn plan(
             if run == Trials::TWINS && batch > 2 && shape.first() == Some(&batch) {
                 tensor = copy_row(&tensor, 0, batch - 1);
             }
-            if run == Trials::PADDED && batch > 1 && length > sizes[Trials::TWINS].1 {
+            if run == Trials::PADDED && batch > 1 && length > sizes[Trials::TWINS].length {
                 let twins = &runs[Trials::TWINS];
                 if let Some((_, short)) = twins.inputs.iter().find(|(n, _)| *n == input.name) {
                     let mask = input.role == InputRole::AttentionMask;
@@ -312,7 +346,12 @@ fn plan(
 }
 
 /// Extents of an input: declared numbers as they are, equal names equal extents, the rest by position.
-fn shape(trace: &Trace, input: &InputTrace, batch: usize, length: usize) -> Vec<usize> {
+fn shape(trace: &Trace, input: &InputTrace, sizes: Sizes) -> Vec<usize> {
+    let Sizes {
+        batch,
+        length,
+        other,
+    } = sizes;
     let main = main_input(trace);
     let named = |dim: &Dim| -> Option<usize> {
         let Dim::Named(_) = dim else { return None };
@@ -335,7 +374,7 @@ fn shape(trace: &Trace, input: &InputTrace, batch: usize, length: usize) -> Vec<
                 _ if input.past => 0,
                 // Channels of pictures.
                 (InputRole::Pixels, 1) if rank == 4 => 3,
-                _ => named(dim).unwrap_or(length),
+                _ => named(dim).unwrap_or(if input.apart { other } else { length }),
             },
         })
         .collect()
@@ -344,15 +383,16 @@ fn shape(trace: &Trace, input: &InputTrace, batch: usize, length: usize) -> Vec<
 fn fill(input: &InputTrace, run: usize, mask_of_tokens: u8, shape: &[usize]) -> Tensor {
     let count: usize = shape.iter().product();
     let mut random = Random::new(&input.name, run);
+    let mut ids = |rows: usize| -> Vec<f64> {
+        // Special tokens stand at the front of most vocabularies; keep clear of them.
+        let low = (rows / 4).min(1000);
+        (0..count)
+            .map(|_| (low + random.below(rows - low)) as f64)
+            .collect()
+    };
     let values: Vec<f64> = match input.role {
-        InputRole::TokenIds => {
-            let rows = input.rows.unwrap_or(2).max(2);
-            // Special tokens stand at the front of most vocabularies; keep clear of them.
-            let low = (rows / 4).min(1000);
-            (0..count)
-                .map(|_| (low + random.below(rows - low)) as f64)
-                .collect()
-        }
+        InputRole::TokenIds => ids(input.rows.unwrap_or(2).max(2)),
+        InputRole::Other if input.rows.is_some_and(|rows| rows > 0) => ids(input.rows.unwrap_or(1)),
         InputRole::AttentionMask => vec![f64::from(mask_of_tokens); count],
         InputRole::TypeIds => {
             let rows = input.rows.unwrap_or(1).clamp(1, 2);

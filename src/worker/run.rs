@@ -253,7 +253,7 @@ impl Work<'_> {
             if let Some((from, shape)) = part.copy {
                 part.cut.copy(from, &shape, part.dtype.size(), bytes);
             }
-            if has_stray(part.dtype, bytes, info.axes.contains(&Axis::Key)) {
+            if has_stray(part.dtype, bytes, info.axes.contains(&Axis::Query)) {
                 ran.non_finite_picks.push(at as u32);
             }
             ran.tensors.push(TensorRef {

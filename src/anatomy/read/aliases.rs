@@ -9,7 +9,7 @@
 
 use super::{AttentionRead, Found, lab::Lab, leaves};
 use crate::{
-    anatomy::{inputs::InputTrace, layers::LayerTrace},
+    anatomy::{hooks::HookPoint, inputs::InputTrace, layers::LayerTrace},
     ipc::info::InputRole,
 };
 
@@ -91,6 +91,14 @@ pub(super) fn hugging_face(
     } else {
         sum
     };
+    let elsewhere = |h: &HookPoint| h.name == hook && Some(h.value) != leaves(lab.trace, last);
+    if hook.ends_with("hook_resid_post") && found.hooks.iter().any(elsewhere) {
+        found.lack(
+            &end,
+            "the layer ends behind its sum in something whose axes cannot be told apart",
+        );
+        return;
+    }
     found.alias(&hook, end);
 }
 

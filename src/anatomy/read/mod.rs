@@ -19,6 +19,7 @@ use stream::{Streamed, norm_along, stream, sum_error};
 use super::{
     certificate,
     hooks::{Anatomy, HookPoint},
+    inputs::InputTrace,
     layers::LayerTrace,
     picture,
     trace::Trace,
@@ -130,6 +131,7 @@ pub fn read(model: &Model, trace: &Trace, trials: &Trials) -> Anatomy {
             }
         }
     }
+    note_another_sequence(&mut found, &inputs);
     let inverted = trials.plan.mask_of_tokens == 0;
     if inverted {
         for input in inputs
@@ -270,6 +272,20 @@ impl Found {
     }
 }
 
+/// Says which inputs hold another sequence than the tokens.
+fn note_another_sequence(found: &mut Found, inputs: &[InputTrace]) {
+    let apart = inputs.iter().filter(|i| i.apart);
+    let names: Vec<String> = apart.map(|i| format!("\"{}\"", i.name)).collect();
+    let tokens = inputs.iter().find(|i| i.role == InputRole::TokenIds);
+    if let (Some(tokens), false) = (tokens, names.is_empty()) {
+        found.notes.push(format!(
+            "tokens are those of \"{}\"; what belongs to another sequence must be given as tensors, with the tokens as one too: {}",
+            tokens.name,
+            names.join(", ")
+        ));
+    }
+}
+
 /// Positions of the stream at each layer, in every run: what its attention asks from, unless that runs in windows; for
 /// layers without attention what all others agree on.
 fn positions(
@@ -332,23 +348,27 @@ fn read_layer(lab: &Lab<'_>, found: &mut Found, dims: &mut Dims, view: &LayerVie
         None => {}
     }
 
-    let attention_out = view
-        .layer
-        .attention_out
-        .and_then(|v| found.add_streamed(name("hook_attn_out"), Some(l), see(v)));
+    let attention_out = match &view.layer.attention_out {
+        Some(Ok(v)) => found.add_streamed(name("hook_attn_out"), Some(l), see(*v)),
+        Some(Err(reason)) => {
+            found.lack(&name("hook_attn_out"), reason);
+            None
+        }
+        None => None,
+    };
     let mid = match (&view.layer.attention_block, &view.layer.mlp_block) {
         (Some(a), Some(_)) if !view.layer.parallel => {
             found.add_streamed(name("hook_resid_mid"), Some(l), see(a.end))
         }
         _ => {
-            found.lack(
-                &name("hook_resid_mid"),
-                if view.layer.parallel {
+            let reason = match &view.layer.attention_out {
+                _ if view.layer.parallel => {
                     "attention and perceptron read the same stream and are added at once"
-                } else {
-                    "the layer has no perceptron behind an attention"
-                },
-            );
+                }
+                Some(Err(reason)) => reason,
+                Some(Ok(_)) | None => "the layer has no perceptron behind an attention",
+            };
+            found.lack(&name("hook_resid_mid"), reason);
             None
         }
     };
@@ -381,7 +401,7 @@ fn read_layer(lab: &Lab<'_>, found: &mut Found, dims: &mut Dims, view: &LayerVie
                 found.lack(&name(hook), reason);
             }
             match &view.layer.mlp_block {
-                Some(block) if block.branches.len() == 1 => {
+                Some(block) if block.branches.len() == 1 && view.layer.perceptrons < 2 => {
                     found.add_streamed(name("hook_mlp_out"), Some(l), see(block.branches[0]))
                 }
                 _ => {
@@ -496,7 +516,12 @@ fn add_attention(
     } else {
         Axis::Batch
     };
-    let square = [rows.clone(), Axis::Head, Axis::Query, Axis::Key];
+    // Positions of another sequence are not those of the tokens: no padding of ours lengthens them.
+    let keys = |own: Axis| match part {
+        "attn" => own,
+        _ => Axis::Other("source".to_owned()),
+    };
+    let square = [rows.clone(), Axis::Head, Axis::Query, keys(Axis::Key)];
     let kv = match a.kv_heads {
         Some(n) if n < a.heads => Axis::KvHead,
         _ => Axis::Head,
@@ -510,19 +535,22 @@ fn add_attention(
     found.add_placed(name("attn_scores"), l, &a.scores, &square);
     found.add_placed(name("q"), l, &a.q, &per_head);
     let k_axes = a.k.as_ref().map_or(per_head.to_vec(), |k| {
-        vec![rows.clone(), Axis::Pos, k_heads(k), Axis::DHead]
+        vec![rows.clone(), keys(Axis::Pos), k_heads(k), Axis::DHead]
     });
     found.add_placed(name("k"), l, &a.k, &k_axes);
     found.add_placed(
         name("v"),
         l,
         &a.v,
-        &[rows.clone(), Axis::Pos, kv, Axis::DHead],
+        &[rows.clone(), keys(Axis::Pos), kv, Axis::DHead],
     );
     found.add_placed(name("z"), l, &a.z, &per_head);
-    for (inside, placed) in [("rot_q", &a.rot_q), ("rot_k", &a.rot_k)] {
+    for (inside, placed, pos) in [
+        ("rot_q", &a.rot_q, Axis::Pos),
+        ("rot_k", &a.rot_k, keys(Axis::Pos)),
+    ] {
         if let Some(placed) = placed {
-            let axes = vec![rows.clone(), Axis::Pos, k_heads(placed), Axis::DHead];
+            let axes = vec![rows.clone(), pos, k_heads(placed), Axis::DHead];
             found.add(name(inside), Some(l), placed, axes);
         }
     }
@@ -578,8 +606,6 @@ fn read_ends(lab: &Lab<'_>, found: &mut Found, dims: &mut Dims, positions: Optio
         return;
     };
     found.alias("blocks.0.hook_resid_pre", "hook_embed_out".to_owned());
-    let l = trace.layers.len() - 1;
-    let name = |inside: &str| format!("blocks.{l}.{inside}");
     let see = |value: ValueId| stream(lab, value, positions, Axis::DModel);
     let Ok(end) = see(last.end) else {
         return;
@@ -593,7 +619,7 @@ fn read_ends(lab: &Lab<'_>, found: &mut Found, dims: &mut Dims, positions: Optio
         if let Some(next) = leaves(trace, at)
             && next != layer.end
             && let (Ok(sum), Ok(normed)) = (see(layer.end), see(next))
-            && stream::is_norm(&sum.placed, &normed.placed)
+            && stream::is_norm_of_layer(&sum.placed, &normed.placed)
         {
             normalises = true;
             found.add(
@@ -611,14 +637,9 @@ fn read_ends(lab: &Lab<'_>, found: &mut Found, dims: &mut Dims, positions: Optio
         );
         return;
     }
-    // Something else that every layer ends with, the last one included: it belongs to the layer.
-    if trace.between_layers > 0
-        && let Some(value) = leaves(trace, l)
-        && let Ok(s) = see(value)
-    {
-        let post = name("hook_resid_post");
-        found.hooks.retain(|h| h.name != post);
-        found.add(post, Some(l), &s.placed, s.axes);
+    // Something else that every layer ends with belongs to all of them.
+    if trace.between_layers > 0 {
+        end_behind(found, trace, see);
     }
     let way = trace
         .tail
@@ -640,6 +661,29 @@ fn read_ends(lab: &Lab<'_>, found: &mut Found, dims: &mut Dims, positions: Optio
             "ln_final.hook_normalized",
             "no norm of the last layer's output follows it",
         ),
+    }
+}
+
+/// Moves `hook_resid_post` of every layer behind what the layer makes of its sum: of all or of none.
+fn end_behind(found: &mut Found, trace: &Trace, see: impl Fn(ValueId) -> Result<Streamed, String>) {
+    let ends: Option<Vec<Streamed>> = (0..trace.layers.len())
+        .map(|at| see(leaves(trace, at)?).ok())
+        .collect();
+    for (at, end) in ends.into_iter().flatten().enumerate() {
+        let name = format!("blocks.{at}.hook_resid_post");
+        if let Some(hook) = found.hooks.iter_mut().find(|h| h.name == name) {
+            hook.value = end.placed.value;
+            hook.layout = end.placed.layout.clone();
+            hook.dims = end.placed.dims();
+            hook.dtype = end.placed.dtype;
+            hook.axes = end.axes;
+        }
+        // These were about the sum.
+        let sums = [certificate::RESID_POST, certificate::RESID_PARALLEL];
+        let subject = format!("blocks.{at}");
+        found
+            .checks
+            .retain(|c| !sums.contains(&c.name.as_str()) || c.subject != subject);
     }
 }
 

@@ -2,7 +2,7 @@
 
 use ndarray::{ArrayD, Axis as Nd};
 
-use super::lab::{Lab, Placed, batch_target, difference, fixed, target};
+use super::lab::{Lab, Placed, batch_target, difference, fixed, proportion, target};
 use crate::{
     anatomy::{
         layout::Layout,
@@ -11,6 +11,9 @@ use crate::{
     ipc::info::Axis,
     onnx::ValueId,
 };
+
+/// Numbers that differ by less, relative to the largest, are those of the formula.
+const NEAR: f64 = 1e-3;
 
 /// A value of the stream with the names of its axes.
 #[derive(Clone, Debug)]
@@ -104,13 +107,28 @@ pub(super) fn sum_error(parts: &[&Placed], sum: &Placed) -> f64 {
 /// (LayerNorm) or of `x` over its root mean square (RMSNorm). However it is spelled in the graph, the numbers tell.
 pub(super) fn is_norm(x: &Placed, y: &Placed) -> bool {
     let run = x.runs.len() - 1;
-    let (x, y) = (&x.runs[run], &y.runs[run]);
+    is_norm_in(&x.runs[run], &y.runs[run])
+}
+
+/// Whether a layer ends in `y` as the norm of its sum `x`: a norm, be it that padding is zeroed behind it, or the weight and bias alone of
+/// one that standardises nothing (MobileBERT's).
+pub(super) fn is_norm_of_layer(x: &Placed, y: &Placed) -> bool {
+    let (sum, normed) = (x.compared(), y.compared());
+    is_norm(x, y)
+        || is_norm_in(sum, normed)
+        || proportion(sum, normed).1 > NEAR
+            && sum.shape() == normed.shape()
+            && sum.ndim() == 3
+            && affine_error(sum, normed) < NEAR
+}
+
+fn is_norm_in(x: &ArrayD<f32>, y: &ArrayD<f32>) -> bool {
     if x.shape() != y.shape() || x.ndim() != 3 {
         return false;
     }
     [true, false]
         .into_iter()
-        .any(|centred| affine_error(&standardised(x, centred), y) < 1e-3)
+        .any(|centred| affine_error(&standardised(x, centred), y) < NEAR)
 }
 
 fn standardised(x: &ArrayD<f32>, centred: bool) -> ArrayD<f32> {
