@@ -412,12 +412,7 @@ async fn where_heads_cannot_be_told_apart_components_come_with_a_note() {
         "{notes:?}"
     );
     let facts = answer.attribution.as_ref().unwrap();
-    let sum: f64 = answer
-        .array("contributions")
-        .values
-        .iter()
-        .map(|c| f64::from(*c))
-        .sum();
+    let sum: f64 = answer.array("contributions").values.iter().sum();
     assert!((sum + facts.bias - facts.value).abs() < REWRITTEN);
     d.stop().await;
 }

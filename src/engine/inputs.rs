@@ -255,7 +255,7 @@ impl ModelInputs {
                     EngineError::invalid(
                         format!("{field}.{}", input.name),
                         format!(
-                            "input \"{}\" ({}) is missing and cannot be filled in: give it",
+                            "input \"{}\" ({}) is missing and cannot be filled in: give it as a tensor, beside the other inputs",
                             input.name, input.dtype
                         ),
                     )

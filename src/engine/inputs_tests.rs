@@ -94,7 +94,7 @@ fn what_only_the_caller_knows_is_missed_by_name() {
     let inputs = ModelInputs::new(&info);
     assert_eq!(
         message(inputs.check(&group([1, 1], &[1]), "g")),
-        "g.pixels: input \"pixels\" (i64) is missing and cannot be filled in: give it"
+        "g.pixels: input \"pixels\" (i64) is missing and cannot be filled in: give it as a tensor, beside the other inputs"
     );
     let twice = RowGroup {
         inputs: vec![

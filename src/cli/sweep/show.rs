@@ -9,7 +9,7 @@ use crate::cli::{
     attribute::answer,
     capture::{json as common, view::spelled},
     files::Contents,
-    out::{self, clean},
+    out,
     picture::{
         grid::{self, Grid},
         terminal::Style,
