@@ -1034,6 +1034,112 @@ async fn a_caller_that_leaves_ends_a_training_and_leaves_nothing() {
     d.stop().await;
 }
 
+/// An example whose bytes have these classes.
+fn labelled(input: &str, spans: &[(u32, u32, &str)]) -> pb::Example {
+    let spans = spans.iter().map(|(start, end, label)| pb::SpanLabel {
+        start: *start,
+        end: *end,
+        label: (*label).to_owned(),
+    });
+    pb::Example {
+        of: Some(pb::example::Of::Tokens(pb::TokenLabels {
+            spans: spans.collect(),
+            ..pb::TokenLabels::default()
+        })),
+        ..class(input, "")
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_examples_lack_is_told_in_notes() {
+    let d = demo().await;
+    let quick = || pb::TrainHeader {
+        hooks: vec!["hidden_states.1".to_owned()],
+        skip_control: true,
+        ..header("")
+    };
+    let notes = async |header, examples| {
+        let trained = train(&d, header, examples).await.unwrap();
+        trained.summary.unwrap().notes.join("; ")
+    };
+    assert_eq!(notes(quick(), praise(40)).await, "");
+    let twice = [praise(40), praise(40)].concat();
+    let told = notes(quick(), twice.clone()).await;
+    assert!(told.contains("40 examples repeat others"), "{told}");
+
+    // On both sides, because the caller says so.
+    let sides = twice.into_iter().enumerate().map(|(at, example)| {
+        let part = if at < 40 {
+            pb::Part::Train
+        } else {
+            pb::Part::Test
+        };
+        pb::Example {
+            part: part.into(),
+            ..example
+        }
+    });
+    let told = notes(quick(), sides.collect()).await;
+    assert!(
+        told.contains("40 of the examples that judge are trained on"),
+        "{told}"
+    );
+
+    let unknown = pb::TrainHeader {
+        labels: ["good", "bad", "mixed"].map(str::to_owned).to_vec(),
+        ..quick()
+    };
+    let told = notes(unknown, praise(40)).await;
+    assert!(
+        told.contains("no example of \"mixed\" was trained on"),
+        "{told}"
+    );
+
+    let words = (0..20).map(|_| labelled("a film", &[(0, 1, "other"), (2, 6, "noun")]));
+    let examples = words.chain([labelled("nothing here", &[])]).collect();
+    let told = notes(quick(), examples).await;
+    assert!(
+        told.contains("1 examples have no token that is labelled"),
+        "{told}"
+    );
+
+    let overlapping = labelled("a film", &[(2, 6, "noun"), (0, 3, "other")]);
+    let beyond = labelled("a film", &[(2, 7, "noun")]);
+    for (example, field) in [
+        (overlapping, "examples[0].tokens.spans[1]"),
+        (beyond, "examples[0].tokens.spans[0].end"),
+    ] {
+        let error = train(&d, quick(), vec![example]).await.unwrap_err();
+        assert_eq!(error.code(), Code::InvalidArgument, "{error}");
+        assert_eq!(field_of(&error), field, "{error}");
+    }
+    d.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_training_whose_examples_do_not_come_gives_its_place_up() {
+    let repository = tempfile::tempdir().unwrap();
+    put(repository.path(), MODEL, &demo_model());
+    let d = TestDaemon::over(repository, |c| c.stall_limit = Duration::from_millis(500)).await;
+    d.daemon.settled().await;
+    let (sender, requests) = tokio::sync::mpsc::channel(1);
+    let item = pb::TrainRequest {
+        item: Some(Asked::Header(header(""))),
+    };
+    sender.send(item).await.unwrap();
+    let requests = tokio_stream::wrappers::ReceiverStream::new(requests);
+    let mut stream = client(&d).await.train(requests).await.unwrap().into_inner();
+    let error = loop {
+        match stream.message().await {
+            Ok(message) => assert!(message.is_some(), "it ended well"),
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(error.code(), Code::ResourceExhausted, "{error}");
+    assert!(error.message().contains("no example came"), "{error}");
+    d.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn more_trainings_than_there_is_room_for_are_told_to_come_back() {
     let d = demo().await;
