@@ -246,16 +246,21 @@ async fn what_leaves_the_last_layer_is_what_leaves_the_others() {
             values(&whole, "hook_resid_post"),
             "the sums of all layers"
         );
-        let ends = values(&info, "hook_normalized_resid_post");
-        assert_eq!(ends.len(), info.dims.layers);
-        assert_eq!(
-            ends[..ends.len() - 1],
-            values(&info, "hook_resid_pre")[1..],
-            "what the next layer reads"
-        );
-        let last = info.hook(&format!("hidden_states.{}", info.dims.layers));
-        assert_eq!(last.map(|h| &h.value), ends.last());
+        every_layer_ends_in(&info, "hook_normalized_resid_post");
     }
+}
+
+/// What the next layer reads, or the end of the stream, is this hook point of each layer.
+fn every_layer_ends_in(info: &ModelInfo, hook: &str) {
+    let ends = values(info, hook);
+    assert_eq!(ends.len(), info.dims.layers);
+    assert_eq!(
+        ends[..ends.len() - 1],
+        values(info, "hook_resid_pre")[1..],
+        "what the next layer reads"
+    );
+    let last = info.hook(&format!("hidden_states.{}", info.dims.layers));
+    assert_eq!(last.map(|h| &h.value), ends.last());
 }
 
 #[tokio::test]
@@ -265,15 +270,7 @@ async fn a_scale_that_every_layer_ends_with_lies_before_the_end_of_all() {
         patch.op("Mul", &[sum, half], Vec::new())
     };
     let (_, info) = ending(scaled).await;
-    let ends = values(&info, "hook_resid_post");
-    assert_eq!(ends.len(), info.dims.layers);
-    assert_eq!(
-        ends[..ends.len() - 1],
-        values(&info, "hook_resid_pre")[1..],
-        "what the next layer reads"
-    );
-    let last = info.hook(&format!("hidden_states.{}", info.dims.layers));
-    assert_eq!(last.map(|h| &h.value), ends.last());
+    every_layer_ends_in(&info, "hook_resid_post");
     assert!(values(&info, "hook_normalized_resid_post").is_empty());
 }
 

@@ -314,22 +314,14 @@ fn long_texts_are_refused_or_what_is_cut_off_is_told() {
     let told = run(&train).failed(1, "place   line 12 of");
     assert!(told.err.contains("examples[10]"), "{}", told.err);
     let told = run(&[&train[..], &["--truncate"]].concat()).ok();
-    assert!(
-        told.err.contains("tokens were cut off: the model takes"),
-        "{}",
-        told.err
-    );
+    assert!(told.err.contains("tokens were cut off"), "{}", told.err);
     let score = ["probe", "score", model, "cut"];
     for of in [vec!["--data", &data], vec![long.as_str()]] {
         let score = [&score[..], &of].concat();
         let told = run(&score);
         assert_eq!(told.code, Some(1), "{told:?}");
         let told = run(&[&score[..], &["--truncate"]].concat()).ok();
-        assert!(
-            told.err.contains("tokens were cut off: the model takes"),
-            "{}",
-            told.err
-        );
+        assert!(told.err.contains("tokens were cut off"), "{}", told.err);
     }
 }
 

@@ -133,6 +133,35 @@ fn logistic_regression_is_that_of_scikit_learn() {
     }
 }
 
+/// Of classes that come apart, and others, where hardly anything keeps weights from growing.
+#[test]
+fn a_weak_penalty_gives_the_weights_of_newtons_method() {
+    let golden = Golden::read();
+    let weak = How::Logistic {
+        c: 1e4,
+        choices: Vec::new(),
+    };
+    for name in ["dense2", "separable2", "dense5", "separable5"] {
+        let x = golden
+            .matrix(&format!("{name}_x"))
+            .slice(s![..TRAIN, ..])
+            .to_owned();
+        let of = golden.classes(&format!("{name}_y"));
+        let classes = of.iter().max().unwrap() + 1;
+        let found = fitted(&weak, &x, &Targets::Classes(of[..TRAIN].to_vec(), classes));
+        assert!(found.converged, "{name}: {} steps", found.iterations);
+        let weight: Vec<f64> = found.output.weight.iter().copied().collect();
+        let expected = golden.matrix(&format!("{name}_weak_coef"));
+        let worst = off(&weight, &expected.iter().copied().collect::<Vec<_>>());
+        let expected = golden.vector(&format!("{name}_weak_intercept")).to_vec();
+        let bias = off(&found.output.bias.to_vec(), &expected);
+        assert!(
+            worst < COEFFICIENTS && bias < COEFFICIENTS,
+            "{name}: {worst} {bias}"
+        );
+    }
+}
+
 #[test]
 fn closed_forms_are_those_of_scikit_learn() {
     let golden = Golden::read();

@@ -4,10 +4,13 @@
 
 #[path = "support/daemon.rs"]
 mod daemon;
+#[path = "support/edits.rs"]
+mod edits_support;
 
 use std::collections::BTreeMap;
 
 use daemon::{TestDaemon, hooks, ids};
+use edits_support::tokens;
 use introspectd::service::wire::introspect::{
     self as pb, HeadMeasure as M, HeadPattern, analysis_service_client::AnalysisServiceClient,
     edit::Operation, head_detector::Pattern as Given, heads_response::Item as Message,
@@ -85,15 +88,6 @@ async fn ask(d: &TestDaemon, request: pb::HeadsRequest) -> Result<Answer, Status
     assert!(ended, "a stream ends with its summary");
     assert_eq!(answer.order, answer.header.tensors);
     Ok(answer)
-}
-
-fn tokens(of: &[u32]) -> pb::Input {
-    pb::Input {
-        kind: Some(pb::input::Kind::Tokens(pb::TokenIds {
-            ids: of.to_vec(),
-            type_ids: Vec::new(),
-        })),
-    }
 }
 
 fn on(model: &str, inputs: &[&[u32]]) -> pb::HeadsRequest {

@@ -3,31 +3,24 @@
 
 #[path = "support/daemon.rs"]
 mod daemon;
+#[path = "support/probe.rs"]
+mod probe_support;
 
 use std::{os::unix::fs::symlink, path::PathBuf, time::Duration};
 
-use daemon::{TestDaemon, demo_model, put};
+use daemon::TestDaemon;
 use introspectd::service::wire::introspect::{
     self as pb, import_probe_request::From as Given, probe_service_client::ProbeServiceClient,
 };
+use probe_support::{MODEL, demo, field_of};
 use serde_json::{Value, json};
 use tonic::{Code, Request, Status, transport::Channel};
-use tonic_types::StatusExt as _;
 
-const MODEL: &str = "sentiment";
 const HOOK: &str = "hidden_states.2";
 /// Features of the demonstration model's stream.
 const WIDTH: usize = 128;
 /// Answers come at once, or something waits for ever.
 const SOON: Duration = Duration::from_secs(20);
-
-async fn demo() -> TestDaemon {
-    let repository = tempfile::tempdir().unwrap();
-    put(repository.path(), MODEL, &demo_model());
-    let d = TestDaemon::over(repository, |_| {}).await;
-    d.daemon.settled().await;
-    d
-}
 
 /// With the limits that a client has who sets none.
 async fn client(d: &TestDaemon) -> ProbeServiceClient<Channel> {
@@ -42,12 +35,6 @@ fn soon<T>(message: T) -> Request<T> {
 
 fn folder(d: &TestDaemon) -> PathBuf {
     d.repository.path().join(MODEL).join("probes")
-}
-
-/// The field that an error names.
-fn field_of(error: &Status) -> String {
-    let found = error.get_details_bad_request();
-    found.map_or(String::new(), |b| b.field_violations[0].field.clone())
 }
 
 fn linear(weight: Vec<f32>) -> pb::LinearProbe {

@@ -3,8 +3,11 @@
 
 #[path = "support/daemon.rs"]
 mod daemon;
+#[path = "support/edits.rs"]
+mod edits_support;
 
 use daemon::{TestDaemon, hooks, ids};
+use edits_support::{tokens, vector};
 use introspectd::service::wire::introspect::{
     self as pb, edit::Operation as Op, intervene_item::Item as Of,
     intervene_response::Item as Message, intervention_service_client::InterventionServiceClient,
@@ -26,15 +29,6 @@ const SINGLE: f64 = 1e-4;
 
 async fn probes(d: &TestDaemon) -> ProbeServiceClient<Channel> {
     ProbeServiceClient::new(d.channel().await)
-}
-
-fn tokens(of: &[u32]) -> pb::Input {
-    pb::Input {
-        kind: Some(pb::input::Kind::Tokens(pb::TokenIds {
-            ids: of.to_vec(),
-            type_ids: Vec::new(),
-        })),
-    }
 }
 
 fn example(of: &[u32], label: &str) -> pb::Example {
@@ -311,16 +305,7 @@ async fn a_vector_by_its_name_is_the_vector_by_its_values() {
                 hook: hook.to_owned(),
                 ..pb::ProbeDirection::default()
             });
-            let given = From::Values(pb::Tensor {
-                dtype: pb::DType::F32.into(),
-                shape: vec![values.len() as u64],
-                data: values
-                    .iter()
-                    .flat_map(|v| v.to_le_bytes())
-                    .collect::<Vec<u8>>()
-                    .into(),
-                ..pb::Tensor::default()
-            });
+            let given = From::Values(vector(&values));
             let by_name = added(&d, model, hook, named).await;
             let by_values = added(&d, model, hook, given).await;
             assert_eq!(by_name, by_values, "{model} {hook}");

@@ -33,13 +33,7 @@ pub(super) fn write(path: &Path, kind: Kind, contents: &Contents) -> Result<(), 
         Kind::Png => grid::png(&contents.grids).map_err(|e| CliError::new(e.to_string()))?,
         Kind::Html => grid::html(&contents.title, &contents.grids).into_bytes(),
     };
-    out::write_file(path, &bytes)?;
-    out::warn(&format!(
-        "{} ({})\n",
-        path.display(),
-        out::bytes(bytes.len() as u64)
-    ));
-    Ok(())
+    out::write_told(path, &bytes)
 }
 
 fn npz(contents: &Contents) -> Result<Vec<u8>, CliError> {

@@ -197,6 +197,17 @@ pub(super) fn write_file(path: &Path, bytes: &[u8]) -> Result<(), CliError> {
     })
 }
 
+/// The same, and says on standard error what was written and how much.
+pub(super) fn write_told(path: &Path, bytes: &[u8]) -> Result<(), CliError> {
+    write_file(path, bytes)?;
+    warn(&format!(
+        "{} ({})\n",
+        path.display(),
+        self::bytes(bytes.len() as u64)
+    ));
+    Ok(())
+}
+
 /// Bytes for people.
 pub(super) fn bytes(n: u64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];

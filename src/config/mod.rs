@@ -120,7 +120,7 @@ settings! {
     keepalive: Duration = "20s", "INTROSPECTD_KEEPALIVE", "TIME", parse::duration,
         "A silent connection is asked so often whether it lives; without an answer within 10 s it is closed";
     stall_limit: Duration = "30s", "INTROSPECTD_STALL_LIMIT", "TIME", parse::duration,
-        "A stream whose reader takes nothing for so long is given up";
+        "A stream whose reader takes nothing for so long is given up, and a training of probes whose examples do not come";
 }
 
 impl Config {

@@ -40,7 +40,7 @@ pub(super) async fn train(session: &Session, model: &str) -> Result<pb::Probe, C
     };
     let hidden = ProgressBar::hidden();
     let trained = training::train(session.probes(), header, examples, &hidden).await?;
-    Ok(trained.probe.unwrap_or_default())
+    Ok(trained.result.probe.unwrap_or_default())
 }
 
 /// A line for each layer.

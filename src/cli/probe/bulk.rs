@@ -3,7 +3,7 @@
 use futures::stream;
 use serde_json::json;
 
-use super::{data::Found, show};
+use super::{data::Found, show, training};
 use crate::{
     cli::{client::Session, error::CliError, out},
     service::wire::introspect::{self as pb, score_request::Of, score_stream_response::Answer},
@@ -31,10 +31,11 @@ pub(super) async fn score(
     let mut client = session.probes();
     let answer = client.score_stream(stream::iter(requests)).await;
     let mut answer = answer?.into_inner();
-    let mut ended = None;
+    let (mut ended, mut truncated) = (None, 0);
     while let Some(message) = answer.message().await? {
         let line = match message.answer {
             Some(Answer::Scores(scores)) => {
+                truncated += u64::from(scores.truncated_tokens);
                 let mut line = show::scores_json(&scores);
                 line["id"] = message.id.into();
                 line
@@ -50,6 +51,7 @@ pub(super) async fn score(
         };
         out::print(&format!("{line}\n"))?;
     }
+    out::warn(&training::cut(truncated).unwrap_or_default());
     match ended {
         Some(summary) if summary.failed > 0 => Err(CliError::new(format!(
             "{} of {count} inputs failed: their lines say why",

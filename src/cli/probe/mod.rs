@@ -1,7 +1,6 @@
 //! `probe`: probes are trained from a file, shown, scored, and moved about.
 
 mod bulk;
-mod cut;
 pub(super) mod data;
 pub(super) mod directions;
 mod linear;
@@ -14,7 +13,10 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use self::stored::{ExportArgs, ImportArgs, ListArgs, One, delete, export, import, list, one};
+use self::{
+    stored::{ExportArgs, ImportArgs, ListArgs, One, delete, export, import, list, one},
+    training::Trained,
+};
 use super::{
     capture::select::TextArgs,
     client::{Session, Target},
@@ -262,10 +264,9 @@ async fn train(args: &TrainArgs) -> Result<(), CliError> {
         how: args.texts.clone(),
     };
     let found = data::read(&args.data, &columns)?;
-    let long = cut::texts(found.all.iter().filter_map(|e| e.input.as_ref()));
     let (session, model) = Session::for_model(&args.target, &args.model).await?;
     let header = pb::TrainHeader {
-        model: model.clone(),
+        model,
         name: args.name.clone().unwrap_or_default(),
         hooks: args.hooks.clone(),
         pooling: match args.pooling {
@@ -287,12 +288,8 @@ async fn train(args: &TrainArgs) -> Result<(), CliError> {
     };
     let bar = training::progress(io::stderr().is_terminal());
     let trained = training::train(session.probes(), header, found.all, &bar).await;
-    let note = match &trained {
-        Ok(_) => cut::note(&session, model, long).await,
-        Err(_) => String::new(),
-    };
     session.close().await;
-    let result = trained.map_err(|error| {
+    let Trained { result, summary } = trained.map_err(|error| {
         error.placed(|field| {
             let line = found.lines.get(number_of(field)?)?;
             Some(format!("line {line} of \"{}\"", args.data.display()))
@@ -300,7 +297,7 @@ async fn train(args: &TrainArgs) -> Result<(), CliError> {
     })?;
     let probe = result.probe.unwrap_or_default();
     let told = told(&probe, args.output.as_deref(), args.json);
-    out::warn(&note);
+    out::warn(&training::notes(&summary));
     if result.stored {
         out::warn(&format!("stored as {}\n", out::clean(&probe.name)));
     }
@@ -405,13 +402,7 @@ fn written(probe: &pb::Probe, path: &Path) -> Result<(), CliError> {
         Ending::Html => curve::html(&curve).into_bytes(),
         Ending::Json => format!("{}\n", show::json(probe)).into_bytes(),
     };
-    out::write_file(path, &bytes)?;
-    out::warn(&format!(
-        "{} ({})\n",
-        path.display(),
-        out::bytes(bytes.len() as u64)
-    ));
-    Ok(())
+    out::write_told(path, &bytes)
 }
 
 /// `NAME`, or `NAME@HOOK` for another hook point than the best.
@@ -431,15 +422,13 @@ async fn score(args: &ScoreArgs) -> Result<(), CliError> {
         None => None,
     };
     let of = args.text.as_ref().map(|text| args.texts.input(text));
-    let given = inputs.iter().flat_map(|found| &found.all);
-    let long = cut::texts(given.chain(of.as_ref()));
     let (session, model) = Session::for_model(&args.target, &args.model).await?;
     let probes = args.probes.split(',').map(|named| pb::ProbeReference {
         force: args.force,
         ..reference(named)
     });
     let request = pb::ScoreRequest {
-        model: model.clone(),
+        model,
         probes: probes.collect(),
         of: of.map(pb::score_request::Of::Input),
         per_token: args.per_token,
@@ -450,9 +439,7 @@ async fn score(args: &ScoreArgs) -> Result<(), CliError> {
         Some(inputs) => bulk::score(&session, request, inputs).await,
         None => one_score(&session, request, args.json).await,
     };
-    let note = cut::note(&session, model, long).await;
     session.close().await;
-    out::warn(&note);
     scored
 }
 
@@ -462,6 +449,8 @@ async fn one_score(
     json: bool,
 ) -> Result<(), CliError> {
     let answer = session.probes().score(request).await?.into_inner();
+    let cut = training::cut(u64::from(answer.truncated_tokens));
+    out::warn(&cut.unwrap_or_default());
     if json {
         return out::print_json(&show::scores_json(&answer));
     }

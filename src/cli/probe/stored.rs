@@ -150,13 +150,7 @@ pub(super) async fn export(args: &ExportArgs) -> Result<(), CliError> {
     fs::create_dir_all(&args.to)
         .map_err(|e| CliError::new(format!("cannot make \"{}\": {e}", args.to.display())))?;
     for (name, bytes) in [(DESCRIPTION, &files.description), (TENSORS, &files.tensors)] {
-        let path = args.to.join(name);
-        out::write_file(&path, bytes)?;
-        out::warn(&format!(
-            "{} ({})\n",
-            path.display(),
-            out::bytes(bytes.len() as u64)
-        ));
+        out::write_told(&args.to.join(name), bytes)?;
     }
     Ok(())
 }

@@ -5,12 +5,18 @@ use indicatif::{ProgressBar, ProgressStyle};
 use tonic::transport::Channel;
 
 use crate::{
-    cli::{answers, assemble::Broken, error::CliError},
+    cli::{answers, assemble::Broken, error::CliError, out},
     service::wire::introspect::{
         self as pb, probe_service_client::ProbeServiceClient, train_request::Item as Asked,
         train_response::Item,
     },
 };
+
+/// What came of a training.
+pub(in crate::cli) struct Trained {
+    pub(in crate::cli) result: pb::TrainResult,
+    pub(in crate::cli) summary: pb::Summary,
+}
 
 /// Sends a training and hears it to its end.
 pub(in crate::cli) async fn train(
@@ -18,7 +24,7 @@ pub(in crate::cli) async fn train(
     header: pb::TrainHeader,
     examples: Vec<pb::Example>,
     bar: &ProgressBar,
-) -> Result<pb::TrainResult, CliError> {
+) -> Result<Trained, CliError> {
     let count = examples.len() as u64;
     bar.set_length(count);
     let items =
@@ -40,8 +46,23 @@ pub(in crate::cli) async fn train(
         }
         Ok(())
     };
-    answers::read(stream, |r| r.item, bar, take).await?;
-    result.ok_or_else(|| Broken::new("it holds no result").into())
+    let summary = answers::read(stream, |r| r.item, bar, take).await?;
+    let result = result.ok_or_else(|| Broken::new("it holds no result"))?;
+    Ok(Trained { result, summary })
+}
+
+/// What the summary says of the examples, for people.
+pub(in crate::cli) fn notes(summary: &pb::Summary) -> String {
+    let notes = summary.notes.iter().map(|note| out::line(note));
+    let notes = notes.map(|note| format!("note: {note}\n"));
+    notes
+        .chain(cut(u64::from(summary.truncated_tokens)))
+        .collect()
+}
+
+/// What truncation cut off, if anything.
+pub(super) fn cut(tokens: u64) -> Option<String> {
+    (tokens > 0).then(|| format!("note: {tokens} tokens were cut off\n"))
 }
 
 /// A bar for examples, where somebody looks.

@@ -16,7 +16,10 @@ use crate::{
         client::{Session, Target},
         error::CliError,
         out,
-        probe::{directions, show, training},
+        probe::{
+            directions, show,
+            training::{self, Trained},
+        },
     },
     service::wire::introspect::{self as pb, probe_kind::Kind},
 };
@@ -127,12 +130,14 @@ pub(super) async fn learn(args: &LearnArgs) -> Result<(), CliError> {
     let bar = training::progress(io::stderr().is_terminal());
     let learned = training::train(session.probes(), header, examples, &bar).await;
     session.close().await;
-    let vectors = learned?.probe.unwrap_or_default();
+    let Trained { result, summary } = learned?;
+    let vectors = result.probe.unwrap_or_default();
     if args.json {
         out::print_json(&show::json(&vectors))?;
     } else {
         out::print(&directions::layers(&vectors))?;
     }
+    out::warn(&training::notes(&summary));
     out::warn(&format!("stored as {}\n", out::clean(&vectors.name)));
     Ok(())
 }

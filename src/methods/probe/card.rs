@@ -18,9 +18,9 @@ pub const FORMAT: u32 = 1;
 pub const MADE_BY: &str = concat!("introspectd ", env!("CARGO_PKG_VERSION"));
 
 /// Most classes.
-const MOST_LABELS: usize = 1024;
+pub const MOST_LABELS: usize = 1024;
 /// Longest name of a class, in bytes.
-const LABEL_LIMIT: usize = 256;
+pub const LABEL_LIMIT: usize = 256;
 /// Longest name of a hook point, in bytes.
 const HOOK_LIMIT: usize = 1024;
 /// How far sums of parts of a whole may round away from it.

@@ -82,6 +82,8 @@ pub struct Rows {
     pub part: Option<Part>,
     /// Whether rows are tokens.
     pub of_tokens: bool,
+    /// Tokens that truncation cut off.
+    pub truncated: u32,
     /// Where the time went.
     pub timings: StageTimings,
 }
@@ -148,9 +150,10 @@ pub async fn extract(
     example: Example,
     ctx: &Ctx,
 ) -> Result<Rows, EngineError> {
-    let text = match &example.input {
-        Input::Text { text, .. } => text.text.clone(),
-        Input::Tokens { .. } | Input::Tensors(_) => String::new(),
+    // Spans are of its bytes.
+    let text = match (&example.input, &example.label) {
+        (Input::Text { text, .. }, Label::Spans(_)) => text.text.clone(),
+        (Input::Text { .. } | Input::Tokens { .. } | Input::Tensors(_), _) => String::new(),
     };
     let of_tokens = match example.label {
         Label::Spans(_) | Label::Positions(_) => true,
@@ -173,7 +176,7 @@ pub async fn extract(
     };
     let started = capture::start(handle, question, terms, ctx).await?;
     let tokens = started.prepared.tokens.clone();
-    let of = kind(&started.prepared);
+    let (of, truncated) = (kind(&started.prepared), started.prepared.truncated);
     let captured = started.finish(ctx).await?;
     if let Some(name) = captured.non_finite.first() {
         return Err(EngineError::precondition(format!(
@@ -213,6 +216,7 @@ pub async fn extract(
         vectors,
         part: example.part,
         of_tokens,
+        truncated,
         timings: captured.timings,
     })
 }
@@ -241,9 +245,10 @@ fn kind(prepared: &Prepared) -> u64 {
         })
     });
     if prepared.tokens.is_empty() {
-        of_tensors.fold(0, |h, word| mixed(h ^ word))
+        of_tensors.fold(1, |h, word| mixed(h ^ word))
     } else {
-        of_tokens.fold(0, |h, id| mixed(h ^ id))
+        // From one: leading ids of zero count.
+        of_tokens.fold(1, |h, id| mixed(h ^ id))
     }
 }
 

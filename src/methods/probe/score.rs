@@ -82,6 +82,8 @@ pub struct Scored {
     pub prediction: Option<Prediction>,
     /// The tokens of the input.
     pub tokens: Vec<Token>,
+    /// Tokens that truncation cut off.
+    pub truncated: u32,
     /// Where the time went.
     pub timings: StageTimings,
 }
@@ -132,7 +134,7 @@ pub async fn score(
         lane,
     };
     let started = capture::start(handle, question, terms, ctx).await?;
-    let tokens = started.prepared.tokens.clone();
+    let (tokens, truncated) = (started.prepared.tokens.clone(), started.prepared.truncated);
     let captured = started.finish(ctx).await?;
     if let Some(name) = captured.non_finite.first() {
         return Err(EngineError::precondition(format!(
@@ -156,6 +158,7 @@ pub async fn score(
         scores,
         prediction: captured.prediction,
         tokens,
+        truncated,
         timings: captured.timings,
     })
 }

@@ -169,7 +169,10 @@ impl Store {
         };
         let mut names: Vec<String> = entries
             .take(ENTRY_LIMIT)
-            .filter_map(|e| e.ok()?.file_name().into_string().ok())
+            .filter_map(Result::ok)
+            // Somebody's notes are no broken probe.
+            .filter(|e| e.file_type().is_ok_and(|kind| !kind.is_file()))
+            .filter_map(|e| e.file_name().into_string().ok())
             .filter(|name| check_name(name, "").is_ok())
             .collect();
         names.sort();

@@ -14,7 +14,7 @@ use sha2::{Digest as _, Sha256};
 
 pub use super::fit::How;
 use super::{
-    card::{self, Card, FORMAT, Kind, Report, TensorFile},
+    card::{self, Card, FORMAT, Kind, MOST_LABELS, Report, TensorFile},
     direction::direction,
     extract::{self, Part, Plan, Rows, Value},
     fit::{Fitted, Targets},
@@ -28,9 +28,6 @@ use crate::{
     methods::reduce::Pooling,
     tensor::Tensor,
 };
-
-/// Most classes.
-const MOST_CLASSES: usize = 1024;
 
 /// What to train.
 #[derive(Clone, Debug)]
@@ -252,10 +249,10 @@ impl Training {
         if !self.classes.contains(name) {
             self.classes.insert(name.to_owned());
         }
-        if self.classes.len() > MOST_CLASSES {
+        if self.classes.len() > MOST_LABELS {
             return Err(EngineError::invalid(
                 "label",
-                format!("is one class more than the {MOST_CLASSES} that a probe tells apart"),
+                format!("is one class more than the {MOST_LABELS} that a probe tells apart"),
             ));
         }
         Ok(())
@@ -304,7 +301,7 @@ impl Training {
         stop: &AtomicBool,
         each: impl Fn(&Report) + Sync,
     ) -> Result<Trained, EngineError> {
-        let (targets, names) = targets((&self.asked, self.came.count == 0), &self.labels)?;
+        let (targets, names) = self.targets()?;
         let how = self.how();
         let split = self.split(&targets);
         let notes = self.notes((&targets, &names), &split);
@@ -441,6 +438,49 @@ impl Training {
         Split::said(&train, &test, &self.examples, self.asked.seed)
     }
 
+    /// Labels as numbers, and the names of the classes.
+    fn targets(&self) -> Result<(Targets, Vec<String>), EngineError> {
+        if self.labels.is_empty() {
+            let message = match self.came.count {
+                0 => "there are none: send some after the header",
+                _ => "have no token that is labelled: do the spans lie within the texts?",
+            };
+            return Err(EngineError::invalid("examples", message));
+        }
+        let numbers: Vec<f64> = self
+            .labels
+            .iter()
+            .filter_map(|label| match label {
+                Value::Number(number) => Some(*number),
+                Value::Class(_) => None,
+            })
+            .collect();
+        if !numbers.is_empty() {
+            return Ok((Targets::Numbers(numbers), Vec::new()));
+        }
+        let names: Vec<String> = if self.asked.labels.is_empty() {
+            self.classes.iter().cloned().collect()
+        } else {
+            self.asked.labels.clone()
+        };
+        if !(2..=MOST_LABELS).contains(&names.len()) {
+            let classes = match &names[..] {
+                [only] => format!("one class, \"{only}\""),
+                more => format!("{} classes", more.len()),
+            };
+            return Err(EngineError::invalid(
+                "examples",
+                format!("have {classes}: a probe tells 2 to {MOST_LABELS} apart"),
+            ));
+        }
+        let index: BTreeMap<&str, usize> = names.iter().map(String::as_str).zip(0..).collect();
+        let of = self.labels.iter().filter_map(|label| match label {
+            Value::Class(name) => index.get(name.as_str()).copied(),
+            Value::Number(_) => None,
+        });
+        Ok((Targets::Classes(of.collect(), names.len()), names))
+    }
+
     /// What the caller should know of the examples.
     fn notes(&self, (targets, names): (&Targets, &[String]), split: &Split) -> Vec<String> {
         let mut notes = Vec::new();
@@ -452,7 +492,8 @@ impl Training {
                 "{empty} examples have no token that is labelled: nothing was read of them"
             ));
         }
-        if repeated > 0 && self.parts.iter().all(Option::is_none) {
+        let drawn = !self.asked.unjudged && self.parts.iter().all(Option::is_none);
+        if repeated > 0 && drawn {
             notes.push(format!(
                 "{repeated} examples repeat others: they are on the side of the first of their kind"
             ));
@@ -575,61 +616,6 @@ fn spill(e: &io::Error) -> EngineError {
         ),
         None,
     )
-}
-
-/// Labels as numbers, and the names of the classes.
-fn targets(
-    (asked, asked_none): (&Asked, bool),
-    labels: &[Value],
-) -> Result<(Targets, Vec<String>), EngineError> {
-    let mut numbers = Vec::new();
-    let mut seen = BTreeSet::new();
-    for label in labels {
-        match label {
-            Value::Number(number) => numbers.push(*number),
-            Value::Class(name) => {
-                seen.insert(name.as_str());
-            }
-        }
-    }
-    if labels.is_empty() {
-        let message = match asked_none {
-            true => "there are none: send some after the header",
-            false => "have no token that is labelled: do the spans lie within the texts?",
-        };
-        return Err(EngineError::invalid("examples", message));
-    }
-    if seen.is_empty() {
-        return Ok((Targets::Numbers(numbers), Vec::new()));
-    }
-    let names: Vec<String> = if asked.labels.is_empty() {
-        seen.into_iter().map(str::to_owned).collect()
-    } else {
-        asked.labels.clone()
-    };
-    if !(2..=MOST_CLASSES).contains(&names.len()) {
-        let classes = match &names[..] {
-            [only] => format!("one class, \"{only}\""),
-            more => format!("{} classes", more.len()),
-        };
-        return Err(EngineError::invalid(
-            "examples",
-            format!("have {classes}: a probe tells 2 to {MOST_CLASSES} apart"),
-        ));
-    }
-    let index: BTreeMap<&str, usize> = names
-        .iter()
-        .enumerate()
-        .map(|(i, n)| (n.as_str(), i))
-        .collect();
-    let of = labels
-        .iter()
-        .filter_map(|label| match label {
-            Value::Class(name) => index.get(name.as_str()).copied(),
-            Value::Number(_) => None,
-        })
-        .collect();
-    Ok((Targets::Classes(of, names.len()), names))
 }
 
 /// A digest of which rows judge, so that two trainings can be told to have judged alike.

@@ -11,7 +11,7 @@ use crate::{
     methods::{
         input::Input,
         probe::{
-            card::Kind,
+            card::{Kind, LABEL_LIMIT, MOST_LABELS},
             extract::{Example, Label, Part},
             store::check_name,
             train::{Asked, How},
@@ -20,12 +20,9 @@ use crate::{
     },
 };
 
-/// Most hook points that are named, most labels, most labelled spans or positions of an example.
+/// Most hook points that are named, most labelled spans or positions of an example.
 const MOST_NAMES: usize = 4096;
-const MOST_LABELS: usize = 1024;
 const MOST_SPANS: usize = 65_536;
-/// Longest label, in bytes.
-const LABEL_LIMIT: usize = 256;
 /// Most values of C to choose among.
 const MOST_CHOICES: usize = 32;
 const MOST_HIDDEN: u32 = 4096;

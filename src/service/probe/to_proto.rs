@@ -110,6 +110,7 @@ pub(super) fn scored(scored: Scored, total: std::time::Duration) -> pb::ScoreRes
             .map(super::super::to_proto::token)
             .collect(),
         timings: Some(super::super::to_proto::timings(&scored.timings, total)),
+        truncated_tokens: scored.truncated,
     }
 }
 

@@ -144,6 +144,8 @@ struct Told {
     progress: pb::TrainProgress,
     /// Of all examples; what fits took is `reduce`.
     timings: StageTimings,
+    /// Tokens that truncation cut off, of all examples.
+    truncated: u32,
 }
 
 impl Told {
@@ -177,13 +179,18 @@ pub(super) async fn tell(
     let trained = fit(training, (&mut told, teller)).await?;
     told.timings.reduce += begun.elapsed();
     counter!(names::PROBE_SPILLED_BYTES, "model" => model).increment(trained.spilled);
-    let (stored, notes) = (name.is_some(), trained.notes.clone());
+    let stored = name.is_some();
+    let Trained {
+        card,
+        weights,
+        notes,
+        spilled: _,
+    } = trained;
     let card = if stored {
-        let Trained { card, weights, .. } = trained;
         let put = tokio::task::spawn_blocking(move || store.put(card, &weights, replace));
         put.await.map_err(EngineError::internal)??
     } else {
-        trained.card
+        card
     };
     let result = pb::TrainResult {
         probe: Some(to_proto::probe(card)),
@@ -193,6 +200,7 @@ pub(super) async fn tell(
     Ok(Ended {
         timings: told.timings,
         rows: told.progress.examples_run,
+        truncated_tokens: told.truncated,
         notes,
         ..Ended::default()
     })
@@ -233,6 +241,7 @@ async fn collect(
         };
         let pushed = rows.and_then(|rows| {
             told.timings += rows.timings;
+            told.truncated = told.truncated.saturating_add(rows.truncated);
             training.push(rows)
         });
         pushed.map_err(|e| e.beneath(&format!("examples[{at}]")))?;
