@@ -338,6 +338,15 @@ async fn the_ids_of_another_sequence_are_the_callers_to_give() {
         let source = Axis::Other("source".to_owned());
         assert_eq!(pattern.axes.last(), Some(&source));
         assert_eq!(pattern.dims.last(), Some(&None), "it varies");
+        for inside in [
+            "cross_attn.hook_q",
+            "cross_attn.hook_k",
+            "hook_cross_attn_out",
+            "hook_resid_mid_cross",
+        ] {
+            let name = format!("blocks.2.{inside}");
+            assert!(info.hook(&name).is_some(), "{name}: {:?}", info.missing);
+        }
         assert!(info.pads, "the tokens have their mask");
         assert!(info.certificate.checks.iter().all(|c| c.passed));
     }

@@ -23,8 +23,8 @@ use std::collections::{HashMap, VecDeque};
 use super::{
     flow::Flow,
     ops::{
-        dequantises, is_copy, is_layout, is_projection, is_scale, is_shift, live_product,
-        only_source, walk_back,
+        cross_product, dequantises, is_copy, is_layout, is_projection, is_scale, is_shift,
+        live_product, only_source, walk_back,
     },
 };
 use crate::onnx::{Node, NodeId, ValueId};
@@ -153,13 +153,9 @@ pub(super) fn attention(flow: &Flow<'_>, softmax: Softmax) -> Result<AttentionTr
         softmax,
         product,
         pattern_left,
-        value: if self_attention {
-            operand_origins(flow, value)
-        } else {
-            vec![value]
-        },
+        value: operand_origins(flow, value),
         z: relayouts(flow, output),
-        score: score(flow, softmax),
+        score: score(flow, softmax, self_attention),
         pattern,
         self_attention,
     })
@@ -243,8 +239,11 @@ pub(super) fn origins(flow: &Flow<'_>, value: ValueId) -> Vec<ValueId> {
 }
 
 /// As [`origins`], but a projection's bias belongs to it, and so does the scale that makes floats of a quantised one's integers: what
-/// lies behind is left out.
+/// lies behind is left out. Of another tower's value, which the flow does not reach, only copies and scales are undone.
 fn operand_origins(flow: &Flow<'_>, value: ValueId) -> Vec<ValueId> {
+    if !flow.live(value) {
+        return foreign_origins(flow, value);
+    }
     let mut chain = origins(flow, value);
     let biased = chain.iter().position(|v| {
         flow.maker(*v)
@@ -264,6 +263,25 @@ fn operand_origins(flow: &Flow<'_>, value: ValueId) -> Vec<ValueId> {
     };
     if let Some(at) = biased.or_else(scaled) {
         chain.truncate(at + 1);
+    }
+    chain
+}
+
+/// A value of another tower, and the same before its axes were moved, its heads repeated and its numbers scaled.
+fn foreign_origins(flow: &Flow<'_>, value: ValueId) -> Vec<ValueId> {
+    let mut chain = vec![value];
+    let mut at = value;
+    while let Some(id) = flow.graph().producer(at) {
+        let node = flow.graph().node(id);
+        let mut data = node.reads().filter(|v| flow.foreign(*v));
+        let (Some(source), None) = (data.next(), data.next()) else {
+            break;
+        };
+        if !is_copy(node) && !node.is("Mul") && !node.is("Div") {
+            break;
+        }
+        chain.push(source);
+        at = source;
     }
     chain
 }
@@ -307,8 +325,8 @@ pub(super) fn relayouts(flow: &Flow<'_>, value: ValueId) -> Vec<ValueId> {
     found
 }
 
-/// The product of queries and keys above a softmax.
-fn score(flow: &Flow<'_>, softmax: Softmax) -> Result<ScoreTrace, String> {
+/// The product of queries and keys above a softmax. Without self-attention the keys are another tower's.
+fn score(flow: &Flow<'_>, softmax: Softmax, self_attention: bool) -> Result<ScoreTrace, String> {
     struct Found {
         node: NodeId,
         left: ValueId,
@@ -325,7 +343,11 @@ fn score(flow: &Flow<'_>, softmax: Softmax) -> Result<ScoreTrace, String> {
         let Some((id, node)) = flow.maker(at) else {
             continue;
         };
-        if let Some((left, right)) = live_product(flow, node) {
+        let product = match self_attention {
+            true => live_product(flow, node),
+            false => cross_product(flow, node),
+        };
+        if let Some((left, right)) = product {
             found.push(Found {
                 node: id,
                 left,

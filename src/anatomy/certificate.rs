@@ -14,6 +14,8 @@ pub const ROWS: &str = "pattern rows sum to one";
 pub const MIX: &str = "pattern @ v == z";
 /// Residual sum over the attention.
 pub const RESID_MID: &str = "resid_pre + attn_out == resid_mid";
+/// Residual sum over the attention to another sequence.
+pub const RESID_MID_CROSS: &str = "resid_mid + cross_attn_out == resid_mid_cross";
 /// Residual sum over the perceptron.
 pub const RESID_POST: &str = "resid_mid + mlp_out == resid_post";
 /// Residual sum of a parallel block.

@@ -158,7 +158,9 @@ pub(super) fn expand(name: &str) -> Option<String> {
         | "resid_mid"
         | "resid_post"
         | "normalized_resid_post"
+        | "resid_mid_cross"
         | "attn_out"
+        | "cross_attn_out"
         | "mlp_out" => format!("hook_{short}"),
         "q" | "k" | "v" | "z" | "rot_q" | "rot_k" | "attn_scores" | "pattern" => {
             format!("attn.hook_{short}")

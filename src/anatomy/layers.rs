@@ -26,8 +26,8 @@ pub struct LayerTrace {
     pub end: ValueId,
     /// Index of its self-attention among the trace's attentions.
     pub attention: Option<usize>,
-    /// Index of its cross-attention.
-    pub cross_attention: Option<usize>,
+    /// Its attention to another sequence.
+    pub cross: Option<CrossTrace>,
     /// Where the attention is added to the stream.
     pub attention_block: Option<Block>,
     /// What the attention adds to the stream, or why it cannot be told; none without attention.
@@ -40,6 +40,17 @@ pub struct LayerTrace {
     pub perceptrons: usize,
     /// Attention and perceptron read the same stream and are added at once.
     pub parallel: bool,
+}
+
+/// A cross-attention within a layer.
+#[derive(Clone, Debug)]
+pub struct CrossTrace {
+    /// Its index among the trace's attentions.
+    pub attention: usize,
+    /// Where it is added to the stream.
+    pub block: Block,
+    /// What it adds, or why that cannot be told.
+    pub out: Result<ValueId, String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,8 +113,9 @@ fn part(
         .filter(|i| owner[*i] == Some(at))
         .collect();
     // Beside an attention a branch may normalise other weights (of a kernel, of heads): scores come from a product.
-    if mine.len() > 1 && mine.iter().any(|i| attentions[*i].score.is_ok()) {
-        mine.retain(|i| attentions[*i].score.is_ok());
+    let scored = |i: &usize| attentions[*i].self_attention && attentions[*i].score.is_ok();
+    if mine.len() > 1 && mine.iter().any(scored) {
+        mine.retain(scored);
     }
     let [one] = mine[..] else {
         let out = block.branches[0];
@@ -287,10 +299,16 @@ fn layer(parts: &[Part], group: Vec<usize>) -> LayerTrace {
         Kind::Attention(i) => Some((i, *p)),
         Kind::Cross(_) | Kind::Mlp | Kind::Other => None,
     });
-    let cross_attention = members.iter().find_map(|p| match p.kind {
-        Kind::Cross(i) => Some(i),
-        Kind::Attention(_) | Kind::Mlp | Kind::Other => None,
-    });
+    let cross = members
+        .iter()
+        .find_map(|p| match (p.kind, &p.attention_out) {
+            (Kind::Cross(attention), Some(out)) => Some(CrossTrace {
+                attention,
+                block: p.block.clone(),
+                out: out.clone(),
+            }),
+            (Kind::Cross(_) | Kind::Attention(_) | Kind::Mlp | Kind::Other, _) => None,
+        });
     let parallel = attention.is_some_and(|(_, p)| p.mlp.is_ok());
     let separate = members.iter().rev().find(|p| p.kind == Kind::Mlp);
     let apart = members.iter().filter(|p| p.kind == Kind::Mlp).count();
@@ -305,7 +323,7 @@ fn layer(parts: &[Part], group: Vec<usize>) -> LayerTrace {
         start: members[0].block.start,
         end: members[members.len() - 1].block.end,
         attention: attention.map(|(i, _)| i),
-        cross_attention,
+        cross,
         attention_block: attention.map(|(_, p)| p.block.clone()),
         attention_out: attention.and_then(|(_, p)| p.attention_out.clone()),
         mlp_block: separate.map(|p| p.block.clone()),

@@ -161,11 +161,22 @@ pub(super) fn dequantises(flow: &Flow<'_>, node: &Node) -> bool {
 
 /// The two live operands of a product of live data with live data, left one first.
 pub(super) fn live_product(flow: &Flow<'_>, node: &Node) -> Option<(ValueId, ValueId)> {
+    operands(node).filter(|(left, right)| flow.live(*left) && flow.live(*right))
+}
+
+/// The operands of a product of data with data of another tower.
+pub(super) fn cross_product(flow: &Flow<'_>, node: &Node) -> Option<(ValueId, ValueId)> {
+    operands(node).filter(|(left, right)| {
+        flow.live(*left) && flow.foreign(*right) || flow.foreign(*left) && flow.live(*right)
+    })
+}
+
+fn operands(node: &Node) -> Option<(ValueId, ValueId)> {
     if !named(node, &["MatMul", "Einsum", "Gemm"]) && !contributed(node, &["FusedMatMul"]) {
         return None;
     }
     match node.inputs[..] {
-        [Some(left), Some(right), ..] if flow.live(left) && flow.live(right) => Some((left, right)),
+        [Some(left), Some(right), ..] => Some((left, right)),
         _ => None,
     }
 }

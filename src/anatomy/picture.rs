@@ -39,11 +39,17 @@ pub(super) fn picture(model: &Model, trace: &Trace, anatomy: &Anatomy) -> String
     for l in 0..trace.layers.len() {
         let name = |inside: &str| format!("blocks.{l}.{inside}");
         line(0, &format!("block {l}"), &name("hook_resid_pre"));
-        for inside in ["q", "k", "v", "attn_scores", "pattern", "z"] {
+        let inner = ["q", "k", "v", "attn_scores", "pattern", "z"];
+        for inside in inner {
             line(2, inside, &name(&format!("attn.hook_{inside}")));
         }
         line(1, "+ attention", &name("hook_attn_out"));
         line(1, "= resid_mid", &name("hook_resid_mid"));
+        for inside in inner {
+            line(2, inside, &name(&format!("cross_attn.hook_{inside}")));
+        }
+        line(1, "+ cross-attention", &name("hook_cross_attn_out"));
+        line(1, "= resid_mid_cross", &name("hook_resid_mid_cross"));
         for inside in ["pre", "pre_linear", "post"] {
             line(2, inside, &name(&format!("mlp.hook_{inside}")));
         }

@@ -427,9 +427,12 @@ fn observe(graph: &Graph, flow: &Flow<'_>, trace: &Trace) -> Vec<ValueId> {
     for layer in &trace.layers {
         wanted.extend([layer.start, layer.end]);
         wanted.extend(layer.attention_out.iter().flatten());
+        let cross = layer.cross.as_ref();
+        wanted.extend(cross.and_then(|c| c.out.as_ref().ok()));
         for block in [&layer.attention_block, &layer.mlp_block]
             .into_iter()
             .flatten()
+            .chain(cross.map(|c| &c.block))
         {
             wanted.extend([block.start, block.skip, block.end]);
             wanted.extend(&block.branches);

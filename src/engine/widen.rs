@@ -21,10 +21,11 @@ use crate::ipc::{
 };
 
 /// Kinds that come together.
-const COMMON: [&str; 5] = [
+const COMMON: [&str; 6] = [
     "hook_embed_out",
     "hook_resid_pre",
     "hook_resid_mid",
+    "hook_resid_mid_cross",
     "hook_resid_post",
     "attn.hook_pattern",
 ];

@@ -66,7 +66,7 @@ pub fn read(model: &Model, trace: &Trace, trials: &Trials) -> Anatomy {
                 layer,
                 positions: by_layer[at].as_deref(),
                 attention: layer.attention.map(|i| &attentions[i]),
-                cross: layer.cross_attention.map(|i| &attentions[i]),
+                cross: layer.cross.as_ref().map(|c| &attentions[c.attention]),
             },
         );
     }
@@ -356,6 +356,22 @@ fn read_layer(lab: &Lab<'_>, found: &mut Found, dims: &mut Dims, view: &LayerVie
         }
         None => None,
     };
+    let crossed = match &view.layer.cross {
+        Some(cross) => {
+            let out = match &cross.out {
+                Ok(v) => see(*v),
+                Err(reason) => Err(reason.clone()),
+            };
+            let out = found.add_streamed(name("hook_cross_attn_out"), Some(l), out);
+            let end = match &view.layer.mlp_block {
+                Some(_) => see(cross.block.end),
+                None => Err("the layer has no perceptron behind an attention".to_owned()),
+            };
+            let mid = found.add_streamed(name("hook_resid_mid_cross"), Some(l), end);
+            out.zip(mid)
+        }
+        None => None,
+    };
     let mid = match (&view.layer.attention_block, &view.layer.mlp_block) {
         (Some(a), Some(_)) if !view.layer.parallel => {
             found.add_streamed(name("hook_resid_mid"), Some(l), see(a.end))
@@ -417,21 +433,24 @@ fn read_layer(lab: &Lab<'_>, found: &mut Found, dims: &mut Dims, view: &LayerVie
         found,
         view,
         &[&pre, &attention_out, &mid, &mlp_out, &post],
+        crossed.as_ref(),
     );
 }
 
-/// `resid_pre + attn_out = resid_mid` and `resid_mid + mlp_out = resid_post`, where the architecture has them.
+/// `resid_pre + attn_out = resid_mid`, `resid_mid + cross_attn_out = resid_mid_cross` and `resid_mid + mlp_out = resid_post`, where the
+/// architecture has them.
 fn check_sums(
     lab: &Lab<'_>,
     found: &mut Found,
     view: &LayerView<'_>,
     placed: &[&Option<Placed>; 5],
+    crossed: Option<&(Placed, Placed)>,
 ) {
     let l = view.at;
     let name = |inside: &str| format!("blocks.{l}.{inside}");
     let [pre, attention_out, mid, mlp_out, post] = placed;
-    let scaled = |block: &Option<super::blocks::Block>| {
-        block.as_ref().is_some_and(|b| {
+    let scaled = |block: Option<&super::blocks::Block>| {
+        block.is_some_and(|b| {
             let (Some(start), Some(skip)) = (lab.arrays(b.start), lab.arrays(b.skip)) else {
                 return true;
             };
@@ -458,7 +477,7 @@ fn check_sums(
     };
     if view.layer.parallel {
         if let (Some(pre), Some(a), Some(m), Some(post)) = (pre, attention_out, mlp_out, post)
-            && !scaled(&view.layer.attention_block)
+            && !scaled(view.layer.attention_block.as_ref())
         {
             sum(
                 certificate::RESID_PARALLEL,
@@ -479,7 +498,7 @@ fn check_sums(
         && let Some(total) = mid
             .as_ref()
             .or(post.as_ref().filter(|_| view.layer.mlp_block.is_none()))
-        && !scaled(&view.layer.attention_block)
+        && !scaled(view.layer.attention_block.as_ref())
     {
         sum(
             certificate::RESID_MID,
@@ -488,9 +507,20 @@ fn check_sums(
             &[name("hook_attn_out")],
         );
     }
+    if let (Some((out, total)), Some(cross)) = (crossed, &view.layer.cross)
+        && !scaled(Some(&cross.block))
+        && let Ok(start) = stream(lab, cross.block.start, view.positions, Axis::DModel)
+    {
+        sum(
+            certificate::RESID_MID_CROSS,
+            &[&start.placed, out],
+            total,
+            &[name("hook_cross_attn_out")],
+        );
+    }
     if let (Some(m), Some(post), Some(block)) = (mlp_out, post, &view.layer.mlp_block)
         && block.end == view.layer.end
-        && !scaled(&view.layer.mlp_block)
+        && !scaled(view.layer.mlp_block.as_ref())
         && let Ok(start) = stream(lab, block.start, view.positions, Axis::DModel)
     {
         sum(

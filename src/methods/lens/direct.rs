@@ -2,7 +2,7 @@
 //! the target reads it.
 //!
 //! ```text
-//!   end                     = embed + sum over layers of (attn_out + mlp_out)
+//!   end                     = embed + sum over layers of (attn_out + cross_attn_out + mlp_out)
 //!   u[position]             = dF/d end, the size that the final norm divides by held at what it is (the cached scale)
 //!   contribution[c, p]      = c[p] . u[p]                                for every component c
 //!   bias                    = F - sum of all contributions               the final norm's bias and that of the head
@@ -80,6 +80,9 @@ impl Direct {
     }
 }
 
+/// What of a layer writes into the stream, in the order of the graph.
+const WRITERS: [&str; 3] = ["hook_attn_out", "hook_cross_attn_out", "hook_mlp_out"];
+
 /// A layer whose attention writes into the stream by heads.
 #[derive(Clone, Debug)]
 pub(in crate::methods) struct Layer {
@@ -111,7 +114,7 @@ pub(in crate::methods) fn components(
     }
     let mut all = vec![stream.states[0].clone()];
     for layer in 0..info.dims.layers {
-        for part in ["hook_attn_out", "hook_mlp_out"] {
+        for part in WRITERS {
             let name = format!("blocks.{layer}.{part}");
             all.extend(info.hook(&name).map(|h| h.name.clone()));
         }
@@ -262,9 +265,8 @@ pub(super) async fn direct(
 /// Why something that layers write may not be known.
 fn lacking(info: &ModelInfo) -> String {
     let missing = info.missing.iter();
-    let out = |hook: &str| hook.ends_with("hook_attn_out") || hook.ends_with("hook_mlp_out");
     missing
-        .filter(|m| out(&m.hook))
+        .filter(|m| WRITERS.iter().any(|w| m.hook.ends_with(w)))
         .map(|m| format!(" (no \"{}\": {})", m.hook, m.reason))
         .next()
         .unwrap_or_default()

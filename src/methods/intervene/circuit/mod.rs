@@ -224,6 +224,12 @@ pub async fn start(
 fn plan(info: &ModelInfo, heads: bool) -> Result<Plan, EngineError> {
     let stream = Stream::of(info)?;
     let written = components(info, &stream)?;
+    if let Some(cross) = written.iter().find(|w| w.ends_with("hook_cross_attn_out")) {
+        return Err(EngineError::precondition(format!(
+            "model \"{}\" attends to another sequence (\"{cross}\"), and circuits are of models that read one",
+            info.name
+        )));
+    }
     let has = |name: String| Some(name).filter(|n| written.contains(n));
     let blocks = (0..info.dims.layers).map(|layer| {
         let name = |part: &str| format!("blocks.{layer}.{part}");
