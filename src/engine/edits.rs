@@ -21,6 +21,8 @@ use crate::ipc::{
 pub struct Edits {
     stages: BTreeMap<String, Vec<Stage>>,
     inputs: Vec<NamedTensor>,
+    /// Hook points that are shown wherever the model's output is.
+    shown: BTreeSet<String>,
 }
 
 impl Edits {
@@ -33,14 +35,25 @@ impl Edits {
         Self {
             stages: widened(info, stages),
             inputs,
+            shown: BTreeSet::new(),
+        }
+    }
+
+    /// Runs that give the model's output show these hook points too, whoever asks: operands were taken from a run that did, and a runtime may
+    /// round otherwise in a graph that does not.
+    #[must_use]
+    pub fn showing(self, hooks: BTreeSet<String>) -> Self {
+        Self {
+            shown: hooks,
+            ..self
         }
     }
 
     /// The same stages with operands that change nothing.
     pub(super) fn neutral(&self) -> Self {
         Self {
-            stages: self.stages.clone(),
             inputs: Vec::new(),
+            ..self.clone()
         }
     }
 
@@ -53,6 +66,9 @@ impl Edits {
     pub(super) fn applied(&self, mut job: Job) -> Result<Job, EngineError> {
         job.spec.plan = Plan::Rewritten;
         job.spec.edit = self.stages.clone();
+        if job.spec.keep_outputs && job.spec.enter.is_empty() && job.spec.gradient.is_none() {
+            job.spec.expose.extend(self.shown.iter().cloned());
+        }
         for group in &mut job.groups {
             for input in &self.inputs {
                 group.inputs.push(NamedTensor {

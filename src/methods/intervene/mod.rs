@@ -27,6 +27,7 @@ pub use resolve::resolve;
 use super::{attribute::features::Span, input::Input};
 use crate::{
     engine::{Ctx, EngineError, Lane, ModelHandle},
+    ipc::spec::Stage,
     tensor::Tensor,
 };
 
@@ -167,6 +168,23 @@ pub enum Operation {
         /// Greatest.
         high: f32,
     },
+}
+
+impl Operation {
+    /// The stage that does it.
+    fn stage(&self) -> Stage {
+        match self {
+            Self::Zero
+            | Self::Mean(_)
+            | Self::Set(_)
+            | Self::Add { .. }
+            | Self::Scale(_)
+            | Self::Noise { .. }
+            | Self::Interchange { .. } => Stage::Move,
+            Self::ProjectOut(_) => Stage::Project,
+            Self::Clamp { .. } => Stage::Clamp,
+        }
+    }
 }
 
 /// Values along the last axis of a hook point.

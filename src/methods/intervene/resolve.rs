@@ -105,7 +105,8 @@ impl Resolver<'_> {
                 let found = sites(self.info, edit, &row.tokens, length);
                 places.push(found.map_err(|e| e.beneath(&format!("{field}[{n}]")))?);
             }
-            let runs = self.sources(edits, &places, field, within).await?;
+            let frame = self.frame(edits, &places);
+            let runs = self.sources(edits, &places, (frame, field), within).await?;
             let mut stages: BTreeMap<String, Vec<Staged>> = BTreeMap::new();
             for (n, (edit, sites)) in edits.iter().zip(&places).enumerate() {
                 let made = self.staged(edit, sites, &runs, length).await;
@@ -114,7 +115,9 @@ impl Resolver<'_> {
                     follow(stages.entry(site.hook.clone()).or_default(), staged);
                 }
             }
-            self.operands(stages)
+            let edits = self.operands(stages)?;
+            let shown = runs.into_values().flat_map(|r| r.values.into_keys());
+            Ok(edits.showing(shown.collect()))
         })
     }
 
@@ -187,12 +190,28 @@ impl Resolver<'_> {
         Ok(Edits::new(self.info, stages, inputs))
     }
 
-    /// Runs every source that these edits name, once.
+    /// The graph that has these edits, as long as it changes nothing.
+    fn frame(&self, edits: &[Edit], places: &[Vec<Site>]) -> Edits {
+        let mut stages: BTreeMap<String, Vec<Stage>> = BTreeMap::new();
+        for (edit, sites) in edits.iter().zip(places) {
+            let stage = edit.operation.stage();
+            for site in sites {
+                let all = stages.entry(site.hook.clone()).or_default();
+                if stage != Stage::Move || all.last() != Some(&Stage::Move) {
+                    all.push(stage);
+                }
+            }
+        }
+        Edits::new(self.info, stages, Vec::new())
+    }
+
+    /// Runs every source that these edits name, once. One that is not edited itself runs by the graph that its values go to, the `frame`:
+    /// what is interchanged with itself then stays as it is.
     async fn sources(
         &self,
         edits: &[Edit],
         places: &[Vec<Site>],
-        field: &str,
+        (frame, field): (Edits, &str),
         within: &[String],
     ) -> Result<BTreeMap<String, Run>, EngineError> {
         let mut wanted: BTreeMap<&String, (String, BTreeSet<String>)> = BTreeMap::new();
@@ -229,13 +248,18 @@ impl Resolver<'_> {
             let edits = format!("{here}.edits");
             let edits = self.edits(&source.edits, &prepared, &edits, &chain).await?;
             let length = prepared.group.length;
-            let handle = self.handle.edited(edits);
+            let framed = edits.is_empty();
+            let handle = self.handle.edited(match framed {
+                true => frame.clone(),
+                false => edits,
+            });
             let hooks: Vec<String> = hooks.into_iter().collect();
             let mut values = BTreeMap::new();
-            self.run(&handle, vec![prepared.group], &hooks, |hook, grid| {
+            let keep = |hook: &str, grid| {
                 values.insert(hook.to_owned(), grid);
-            })
-            .await?;
+            };
+            self.run(&handle, vec![prepared.group], (&hooks, framed), keep)
+                .await?;
             runs.insert(name.clone(), Run { values, length });
         }
         Ok(runs)
@@ -409,7 +433,7 @@ impl Resolver<'_> {
         let mut sums: BTreeMap<String, (Vec<usize>, Vec<f64>, usize)> = BTreeMap::new();
         let chunks = groups.chunks(AT_A_TIME).filter(|_| !hooks.is_empty());
         for some in chunks {
-            self.run(self.handle, some.to_vec(), &hooks, |hook, grid| {
+            self.run(self.handle, some.to_vec(), (&hooks, false), |hook, grid| {
                 let over = sites.iter().find(|s| s.hook == hook);
                 let over = over.and_then(Site::positions).filter(|_| !attention);
                 let (shape, rows) = grid.by(over);
@@ -442,12 +466,12 @@ impl Resolver<'_> {
         sites.iter().map(of_site).collect()
     }
 
-    /// Runs rows for what stands at hook points.
+    /// Runs rows for what stands at hook points, to the model's output or no further than these.
     pub(super) async fn run(
         &self,
         handle: &ModelHandle,
         groups: Vec<RowGroup>,
-        hooks: &[String],
+        (hooks, keep_outputs): (&[String], bool),
         mut each: impl FnMut(&str, Grid),
     ) -> Result<(), EngineError> {
         let picks: Vec<PickSpec> = hooks
@@ -459,7 +483,7 @@ impl Resolver<'_> {
             .collect();
         let job = Job {
             spec: VariantSpec {
-                keep_outputs: false,
+                keep_outputs,
                 ..VariantSpec::exposing(hooks)
             },
             lane: self.within.lane,

@@ -89,7 +89,7 @@ impl Paths {
         let mut values = BTreeMap::new();
         let rows = vec![row.group.clone()];
         resolver
-            .run(resolver.handle(), rows, &hooks, |hook, grid| {
+            .run(resolver.handle(), rows, (&hooks, false), |hook, grid| {
                 values.insert(hook.to_owned(), grid);
             })
             .await?;
