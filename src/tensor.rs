@@ -209,6 +209,18 @@ impl Tensor {
         Tensor::new(self.dtype, shape, self.bytes.repeat(rows).into())
     }
 
+    /// The first of the rows along the first axis, which keeps an extent of one; what has no rows is left as it is.
+    pub fn first_row(&self) -> Tensor {
+        match self.shape[..] {
+            [rows, ref rest @ ..] if rows > 0 => Tensor {
+                dtype: self.dtype,
+                shape: [&[1], rest].concat(),
+                bytes: self.bytes.slice(..self.bytes.len() / rows),
+            },
+            _ => self.clone(),
+        }
+    }
+
     /// Number of elements.
     pub fn elements(&self) -> usize {
         self.bytes.len() / self.dtype.size()

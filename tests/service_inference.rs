@@ -14,6 +14,7 @@ use introspectd::service::wire::inference::{
     infer_parameter::ParameterChoice,
     model_infer_request::{InferInputTensor, InferRequestedOutputTensor},
 };
+use introspectd::service::wire::introspect;
 use tonic::{Code, Status, transport::Channel};
 use tonic_types::StatusExt as _;
 
@@ -77,6 +78,15 @@ fn floats(response: &pb::ModelInferResponse, at: usize) -> Vec<f32> {
         .iter()
         .map(|b| f32::from_le_bytes(*b))
         .collect()
+}
+
+/// The same request under an intervention.
+fn under(mut request: pb::ModelInferRequest, json: &str) -> pb::ModelInferRequest {
+    let parameter = InferParameter {
+        parameter_choice: Some(ParameterChoice::StringParam(json.to_owned())),
+    };
+    request.parameters.insert("intervention".into(), parameter);
+    request
 }
 
 async fn infer(
@@ -190,6 +200,80 @@ async fn hook_points_are_outputs_too() {
         status.message().contains("one text per request"),
         "{status:?}"
     );
+    d.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_run_under_an_intervention() {
+    let d = TestDaemon::with(&[BERT]).await;
+    let rows: [&[i64]; 2] = [&[2, 11, 12, 13, 3], &[2, 14, 15, 16, 3]];
+    // "AACAPw==" is 1.0.
+    let json = r#"{"edits": [
+        {"hook": "attn.hook_z", "layers": [1], "heads": [2], "zero": {}},
+        {"hook": "hidden_states.2", "positions": [-2], "add": {"scale": 2.5, "vector": {"values": {"dtype": "D_TYPE_F32", "shape": ["1"], "data": "AACAPw=="}}}}
+    ]}"#;
+    let add = introspect::Add {
+        vector: Some(introspect::Vector {
+            of: Some(introspect::vector::Of::Values(introspect::Tensor {
+                dtype: introspect::DType::F32.into(),
+                shape: vec![1],
+                data: Bytes::copy_from_slice(&1f32.to_le_bytes()),
+                ..Default::default()
+            })),
+        }),
+        scale: Some(2.5),
+    };
+    let intervention = introspect::Intervention {
+        edits: vec![
+            introspect::Edit {
+                hook: "attn.hook_z".into(),
+                layers: vec![1],
+                heads: vec![2],
+                operation: Some(introspect::edit::Operation::Zero(introspect::Zero {})),
+                ..Default::default()
+            },
+            introspect::Edit {
+                hook: "hidden_states.2".into(),
+                positions: vec![-2],
+                operation: Some(introspect::edit::Operation::Add(add)),
+                ..Default::default()
+            },
+        ],
+        ..Default::default()
+    };
+    let asked = || ask(vec![tensor("input_ids", &rows)], &["logits", "z.1"]);
+    let plain = infer(&d, asked()).await.unwrap();
+    let changed = infer(&d, under(asked(), json)).await.unwrap();
+    assert_eq!(changed.outputs[0].shape, [2, 3]);
+    let (plain, logits, z) = (floats(&plain, 0), floats(&changed, 0), floats(&changed, 1));
+    for (at, row) in rows.iter().enumerate() {
+        let tokens: Vec<u32> = row.iter().map(|v| *v as u32).collect();
+        let mut captured = ids(BERT, &tokens, hooks(&["z.1"]));
+        captured.intervention = Some(intervention.clone());
+        let captured = d.capture(captured).await.unwrap();
+        for (a, b) in logits[at * 3..].iter().zip(captured.values("logits")) {
+            assert!((a - b).abs() < 1e-5, "{a} {b}");
+        }
+        let far = |a: f32, b: f32| (a - b).abs() > 1e-3;
+        let mut pairs = logits[at * 3..][..3].iter().zip(&plain[at * 3..]);
+        assert!(pairs.any(|(a, b)| far(*a, *b)), "it changes the answer");
+        let size = z.len() / 2;
+        let heads = z[at * size..][..size].chunks(8);
+        for (head, values) in heads.enumerate() {
+            assert_eq!(head % 4 == 2, values.iter().all(|v| *v == 0.0));
+        }
+    }
+
+    // Texts of different lengths, each by itself; positions count from its own end.
+    let said = ["good movie", "a much longer and a very bad movie"];
+    let both = infer(&d, under(ask(vec![texts("text", &said)], &[]), json));
+    let both = floats(&both.await.unwrap(), 0);
+    for (at, text) in said.iter().enumerate() {
+        let alone = infer(&d, under(ask(vec![texts("text", &[text])], &[]), json));
+        for (a, b) in floats(&alone.await.unwrap(), 0).iter().zip(&both[at * 3..]) {
+            assert!((a - b).abs() < 1e-5);
+        }
+    }
     d.stop().await;
 }
 
@@ -482,7 +566,42 @@ async fn bad_requests_are_told_which_field_is_bad() {
             request
         }),
     ];
-    for (field, request) in cases {
+    let edited = |json: &str| under(ask(vec![good()], &[]), json);
+    let by_edits = [
+        ("parameters.intervention", edited("no JSON")),
+        (
+            "parameters.intervention",
+            edited(r#"{"edits": []} and more"#),
+        ),
+        ("parameters.intervention", edited(r#"{"edit": []}"#)),
+        (
+            "parameters.intervention.edits[0].hook",
+            edited(r#"{"edits": [{"hook": "nothing", "zero": {}}]}"#),
+        ),
+        (
+            "parameters.intervention.edits[0].heads",
+            edited(r#"{"edits": [{"hook": "attn.hook_z", "heads": [99], "zero": {}}]}"#),
+        ),
+        (
+            "parameters.intervention.edits[1].positions[0]",
+            edited(
+                r#"{"edits": [{"hook": "attn.hook_z", "zero": {}}, {"hook": "attn.hook_z", "positions": [2], "zero": {}}]}"#,
+            ),
+        ),
+        (
+            "parameters.intervention.edits[0].spans[0]",
+            edited(r#"{"edits": [{"hook": "attn.hook_z", "spans": [{"end": 3}], "zero": {}}]}"#),
+        ),
+        ("parameters.intervention", {
+            let mut request = ask(vec![good()], &[]);
+            let number = InferParameter {
+                parameter_choice: Some(ParameterChoice::Int64Param(1)),
+            };
+            request.parameters.insert("intervention".into(), number);
+            request
+        }),
+    ];
+    for (field, request) in cases.into_iter().chain(by_edits) {
         let status = infer(&d, request).await.unwrap_err();
         assert_eq!(status.code(), Code::InvalidArgument, "{field}: {status:?}");
         let details = status.get_error_details();

@@ -209,6 +209,7 @@ pub fn at_field(error: EngineError, input: &str) -> EngineError {
         EngineError::NotFound { .. }
         | EngineError::AlreadyExists { .. }
         | EngineError::FailedPrecondition { .. }
+        | EngineError::Storage { .. }
         | EngineError::ResourceExhausted { .. }
         | EngineError::Unavailable { .. }
         | EngineError::DeadlineExceeded
@@ -303,6 +304,12 @@ fn check_ids(info: &ModelInfo, ids: &[u32], type_ids: &[u32]) -> Result<(), Engi
     }
 }
 
+/// Whether an input holds a row for each row of a batch, as far as is known.
+pub fn is_batched(info: &ModelInfo, name: &str) -> bool {
+    let input = info.inputs.iter().find(|i| i.name == name);
+    input.is_none_or(|i| i.axes.is_empty() || i.axes[0] == Axis::Batch)
+}
+
 /// Tensors of one row. What fits them to the model is checked by the engine.
 fn one_row(info: &ModelInfo, inputs: Vec<NamedTensor>) -> Result<RowGroup, EngineError> {
     if inputs.is_empty() {
@@ -315,12 +322,7 @@ fn one_row(info: &ModelInfo, inputs: Vec<NamedTensor>) -> Result<RowGroup, Engin
         ));
     }
     for (at, input) in inputs.iter().enumerate() {
-        let batched = info
-            .inputs
-            .iter()
-            .find(|i| i.name == input.name)
-            .is_none_or(|i| i.axes.is_empty() || i.axes[0] == Axis::Batch);
-        if batched && input.tensor.shape().first() != Some(&1) {
+        if is_batched(info, &input.name) && input.tensor.shape().first() != Some(&1) {
             return Err(EngineError::invalid(
                 format!("tensors.tensors[{at}].shape"),
                 format!(

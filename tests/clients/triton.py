@@ -2,6 +2,7 @@
 
 usage: python triton.py ADDRESS
 """
+import json
 import queue
 import sys
 
@@ -88,6 +89,16 @@ def _():
     assert answer.as_numpy("blocks.3.hook_resid_post").shape == (2, 5, 128)
     plain = client.infer("sentiment", tensors()).as_numpy("logits")
     numpy.testing.assert_allclose(answer.as_numpy("logits"), plain, rtol=1e-4, atol=1e-5)
+
+
+@check("an intervention as a parameter")
+def _():
+    silent = {"edits": [{"hook": "hook_mlp_out", "layers": [3], "zero": {}}]}
+    asked = outputs("mlp_out.3", "logits")
+    answer = client.infer("sentiment", tensors(), outputs=asked, parameters={"intervention": json.dumps(silent)})
+    assert not answer.as_numpy("mlp_out.3").any()
+    plain = client.infer("sentiment", tensors()).as_numpy("logits")
+    assert numpy.abs(answer.as_numpy("logits") - plain).max() > 1e-3
 
 
 @check("class_count")

@@ -1,16 +1,18 @@
 //! `inference.GRPCInferenceService`: the Open Inference Protocol v2 with Triton's extensions, so that existing clients work unchanged.
 //!
+//! - `edits`: what is changed inside of the model meanwhile;
 //! - `rows`: a request's inputs to rows of the engine; texts are tokenised here, each run at its own length;
 //! - `answer`: what was run to outputs, joined along the batch axis;
 //! - `statistics`: counts and times per model.
 
 mod answer;
+mod edits;
 mod rows;
 mod statistics;
 
 use std::{pin::Pin, sync::Arc};
 
-use futures::{Stream, StreamExt as _};
+use futures::{Stream, StreamExt as _, TryStreamExt as _, stream};
 use tonic::{Request, Response, Status, Streaming};
 
 pub(super) use self::statistics::Statistics;
@@ -327,7 +329,8 @@ impl State {
             let info = handle.info().clone();
             let outputs = answer::Asked::of(&info, &request.outputs)?;
             let hooks = answer::hooks(&outputs);
-            if !hooks.is_empty() {
+            let intervention = edits::asked(&request)?;
+            if !hooks.is_empty() || intervention.is_some() {
                 explained = Some(Explained::new(&model, "infer", call.arrived));
             }
             let ctx = call.ctx();
@@ -352,24 +355,37 @@ impl State {
                 ));
             }
             let _held = handle.buffer(bytes, lane)?;
-            let job = Job {
-                spec: VariantSpec {
-                    plan: if plain { Plan::Plain } else { Plan::Rewritten },
-                    keep_outputs: plain || outputs.iter().any(|o| !o.is_hook),
-                    expose: hooks,
-                    ..VariantSpec::plain()
-                },
-                lane,
-                groups,
+            let spec = VariantSpec {
+                plan: if plain { Plan::Plain } else { Plan::Rewritten },
+                keep_outputs: plain || outputs.iter().any(|o| !o.is_hook),
+                expose: hooks,
+                ..VariantSpec::plain()
             };
-            let mut stream = handle
-                .submit(job, &ctx)
-                .await
-                .map_err(|e| rows::at_inputs(e, &request))?;
-            let mut done = Vec::new();
-            while let Some(some) = stream.next().await {
-                done.push(some?);
-            }
+            let editor = self.editor(&handle, intervention).await;
+            let editor = editor.map_err(edits::told)?;
+            let apart = edits::apart(editor.as_ref(), &handle, groups, (lane, &ctx)).await?;
+            let runs = apart.into_iter().enumerate().map(|(first, (model, groups))| {
+                let job = Job {
+                    spec: spec.clone(),
+                    lane,
+                    groups,
+                };
+                let (ctx, request) = (&ctx, &request);
+                async move {
+                    let rows = model.submit(job, ctx).await;
+                    let mut rows = rows.map_err(|e| rows::at_inputs(e, request))?;
+                    let mut done = Vec::new();
+                    while let Some(some) = rows.next().await {
+                        let mut some = some?;
+                        some.group += first;
+                        done.push(some);
+                    }
+                    Ok::<_, EngineError>(done)
+                }
+            });
+            let done = stream::iter(runs).buffered(AHEAD);
+            let done: Vec<Vec<_>> = done.try_collect().await?;
+            let mut done: Vec<_> = done.into_iter().flatten().collect();
             let begun = std::time::Instant::now();
             done.sort_by_key(|d| (d.group, d.rows.start));
             let mut longest = StageTimings::default();

@@ -6,7 +6,8 @@ use bytes::{BufMut as _, Bytes, BytesMut};
 
 use crate::{
     engine::{Ctx, EngineError, ModelHandle, NamedTensor, RowGroup, TextInput, TokenizeOptions},
-    methods::input,
+    ipc::info::ModelInfo,
+    methods::input::{self, Input},
     service::{
         from_proto,
         wire::inference::{
@@ -101,12 +102,8 @@ pub(super) async fn groups(
 }
 
 fn of_tensors(handle: &ModelHandle, inputs: Vec<NamedTensor>) -> Result<RowGroup> {
-    use crate::ipc::info::Axis;
     let info = handle.info();
-    let batched = inputs.iter().find(|i| {
-        let known = info.inputs.iter().find(|k| k.name == i.name);
-        known.is_none_or(|k| k.axes.is_empty() || k.axes[0] == Axis::Batch)
-    });
+    let batched = inputs.iter().find(|i| input::is_batched(info, &i.name));
     let rows = batched
         .and_then(|i| i.tensor.shape().first().copied())
         .unwrap_or(1);
@@ -122,6 +119,18 @@ fn of_tensors(handle: &ModelHandle, inputs: Vec<NamedTensor>) -> Result<RowGroup
         length: None,
         picks: Vec::new(),
     })
+}
+
+/// The first row of a group as an input of its own; the others have the same extents.
+pub(super) fn first(info: &ModelInfo, group: &RowGroup) -> Input {
+    let alone = group.inputs.iter().map(|given| NamedTensor {
+        name: given.name.clone(),
+        tensor: match input::is_batched(info, &given.name) {
+            true => given.tensor.first_row(),
+            false => given.tensor.clone(),
+        },
+    });
+    Input::Tensors(alone.collect())
 }
 
 async fn of_texts(
@@ -199,6 +208,7 @@ pub(super) fn at_inputs(error: EngineError, request: &pb::ModelInferRequest) -> 
         EngineError::NotFound { .. }
         | EngineError::AlreadyExists { .. }
         | EngineError::FailedPrecondition { .. }
+        | EngineError::Storage { .. }
         | EngineError::ResourceExhausted { .. }
         | EngineError::Unavailable { .. }
         | EngineError::DeadlineExceeded
