@@ -98,10 +98,7 @@ fn a_full_disk_is_said_and_what_was_there_stays() {
     let large = weights(LIMIT as usize);
     for (name, replace) in [("kept", true), ("new", false)] {
         let error = store.put(card(name), &large, replace).unwrap_err();
-        assert!(
-            matches!(error, EngineError::FailedPrecondition { .. }),
-            "{error:?}"
-        );
+        assert!(matches!(error, EngineError::Storage { .. }), "{error:?}");
         assert!(error.to_string().contains("could not be stored"), "{error}");
     }
     assert_eq!(store.export("kept", &[]).unwrap(), before);

@@ -15,6 +15,7 @@ use probe_support::{
     text, train,
 };
 use tonic::Code;
+use tonic_types::StatusExt as _;
 
 /// The same arithmetic by another way.
 const CLOSE: f32 = 1e-4;
@@ -742,6 +743,7 @@ async fn broken_files_and_full_disks_cost_nobody_else() {
     let error = train(&d, header("blocked"), praise(40)).await.unwrap_err();
     assert_eq!(error.code(), Code::FailedPrecondition, "{error}");
     assert!(error.message().contains("could not be stored"), "{error}");
+    assert_eq!(error.get_details_error_info().unwrap().reason, "NOT_STORED");
     std::fs::set_permissions(folder.join("kept"), std::fs::Permissions::from_mode(0o555)).unwrap();
     let replaced = train(
         &d,

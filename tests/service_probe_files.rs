@@ -323,8 +323,15 @@ async fn files_that_a_caller_brings_are_checked() {
         tensors: files.tensors.slice(..99),
         ..files.clone()
     };
+    let mut altered = files.tensors.to_vec();
+    *altered.last_mut().unwrap() ^= 1;
+    let altered = pb::ProbeFiles {
+        tensors: altered.into(),
+        ..files.clone()
+    };
     for from in [
         Given::Files(torn),
+        Given::Files(altered),
         brought(&json!({ "labels": ["a", "b", "c"] })),
     ] {
         let error = import(&d, "bad", from).await.unwrap_err();

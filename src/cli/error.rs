@@ -147,7 +147,8 @@ fn refused(status: &Status, place: Option<&str>) -> String {
         line("place", place);
     }
     let retry = details.retry_info().and_then(|r| r.retry_delay);
-    match (retry, advice(status.code())) {
+    let reason = details.error_info().map_or("", |info| &info.reason);
+    match (retry, advice(status.code(), reason)) {
         (Some(delay), _) => line("do", &format!("try again in {:.1} s", delay.as_secs_f64())),
         (None, Some(advice)) => line("do", advice),
         (None, None) => {}
@@ -156,8 +157,9 @@ fn refused(status: &Status, place: Option<&str>) -> String {
 }
 
 /// What to do about a code, where the message alone may leave people helpless.
-fn advice(code: Code) -> Option<&'static str> {
+fn advice(code: Code, reason: &str) -> Option<&'static str> {
     match code {
+        Code::FailedPrecondition if reason == "NOT_STORED" => None,
         Code::NotFound => Some(
             "`introspectd models list` and `introspectd probe list` show what there is; `models list --rescan` looks again",
         ),

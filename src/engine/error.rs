@@ -41,6 +41,12 @@ pub enum EngineError {
         /// What is missing, and what to do.
         message: String,
     },
+    /// What was to be stored, read or removed on disk was not.
+    #[error("{message}")]
+    Storage {
+        /// What was not done, and what to do.
+        message: String,
+    },
     /// A bound was met: queue, tokens, bytes. Without `retry_after` a retry of the same request cannot help.
     #[error("{message}")]
     ResourceExhausted {
@@ -99,6 +105,7 @@ impl EngineError {
             Self::NotFound { .. }
             | Self::AlreadyExists { .. }
             | Self::FailedPrecondition { .. }
+            | Self::Storage { .. }
             | Self::ResourceExhausted { .. }
             | Self::Unavailable { .. }
             | Self::DeadlineExceeded
@@ -134,6 +141,13 @@ impl EngineError {
     /// Something that the model lacks.
     pub fn precondition(message: impl AsRef<str>) -> Self {
         Self::FailedPrecondition {
+            message: clean(message.as_ref()),
+        }
+    }
+
+    /// The disk did not do what it was to.
+    pub fn storage(message: impl AsRef<str>) -> Self {
+        Self::Storage {
             message: clean(message.as_ref()),
         }
     }

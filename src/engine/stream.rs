@@ -303,6 +303,7 @@ pub(super) fn outcome(error: &EngineError) -> Outcome {
         | EngineError::NotFound { .. }
         | EngineError::AlreadyExists { .. }
         | EngineError::FailedPrecondition { .. }
+        | EngineError::Storage { .. }
         | EngineError::Unavailable { .. }
         | EngineError::DataLoss { .. }
         | EngineError::WorkerDied { .. }

@@ -6,6 +6,7 @@
 //! | no such model, no such probe | NOT_FOUND | `NOT_FOUND` |
 //! | a probe of the name is there | ALREADY_EXISTS | `ALREADY_EXISTS` |
 //! | the model lacks it, or is not loaded | FAILED_PRECONDITION | `MODEL_LACKS_IT` |
+//! | a probe could not be stored or removed | FAILED_PRECONDITION | `NOT_STORED` |
 //! | a bound was met | RESOURCE_EXHAUSTED, `RetryInfo` when a retry helps | `LIMIT_REACHED` |
 //! | loading, restarting, draining | UNAVAILABLE, `RetryInfo` | `NOT_SERVING` |
 //! | the deadline passed | DEADLINE_EXCEEDED | `DEADLINE_PASSED` |
@@ -50,6 +51,7 @@ fn entry(error: &EngineError) -> Entry<'_> {
         EngineError::NotFound { .. } => plain(Code::NotFound, "NOT_FOUND"),
         EngineError::AlreadyExists { .. } => plain(Code::AlreadyExists, "ALREADY_EXISTS"),
         EngineError::FailedPrecondition { .. } => plain(Code::FailedPrecondition, "MODEL_LACKS_IT"),
+        EngineError::Storage { .. } => plain(Code::FailedPrecondition, "NOT_STORED"),
         EngineError::ResourceExhausted { retry_after, .. } => Entry {
             retry_after: *retry_after,
             ..plain(Code::ResourceExhausted, "LIMIT_REACHED")

@@ -104,6 +104,7 @@ fn named(error: EngineError, at: usize) -> EngineError {
         | EngineError::NotFound { .. }
         | EngineError::AlreadyExists { .. }
         | EngineError::FailedPrecondition { .. }
+        | EngineError::Storage { .. }
         | EngineError::ResourceExhausted { .. }
         | EngineError::Unavailable { .. }
         | EngineError::DeadlineExceeded

@@ -657,6 +657,7 @@ fn beneath_method(error: EngineError, method: &Method) -> EngineError {
         EngineError::NotFound { .. }
         | EngineError::AlreadyExists { .. }
         | EngineError::FailedPrecondition { .. }
+        | EngineError::Storage { .. }
         | EngineError::ResourceExhausted { .. }
         | EngineError::Unavailable { .. }
         | EngineError::DeadlineExceeded

@@ -258,7 +258,7 @@ impl Store {
     /// Stores a probe under the card's name.
     ///
     /// # Errors
-    /// [`EngineError::AlreadyExists`] when one is there and is not to be replaced; [`EngineError::FailedPrecondition`] when it could not be read
+    /// [`EngineError::AlreadyExists`] when one is there and is not to be replaced; [`EngineError::Storage`] when it could not be read
     /// again, and when the disk does not take it.
     pub fn put(
         &self,
@@ -284,7 +284,7 @@ impl Store {
             ("description", described.len(), CARD_LIMIT),
         ] {
             if size as u64 > limit {
-                return Err(EngineError::precondition(format!(
+                return Err(EngineError::storage(format!(
                     "the {what} of probe \"{}\" would take {size} bytes, and may take {limit}: name fewer hook points",
                     card.name
                 )));
@@ -300,7 +300,7 @@ impl Store {
         if let Err(e) = written {
             // What the first write left is read by nothing; a folder without a description is no probe.
             self.tidy(&card.name);
-            return Err(EngineError::precondition(format!(
+            return Err(EngineError::storage(format!(
                 "probe \"{}\" could not be stored ({}): the folder of probes must be writable and its disk have room; \
                  a probe that was there before is as it was",
                 card.name,
@@ -314,7 +314,7 @@ impl Store {
     /// Whether a probe of this name may be stored.
     ///
     /// # Errors
-    /// [`EngineError::AlreadyExists`]; [`EngineError::FailedPrecondition`] where no probe can be.
+    /// [`EngineError::AlreadyExists`]; [`EngineError::Storage`] where no probe can be.
     pub fn may_put(&self, name: &str, replace: bool) -> Result<(), EngineError> {
         let there = self
             .place(name)
@@ -336,7 +336,7 @@ impl Store {
     /// Removes a probe, also one that cannot be read. Of a link it removes the link.
     ///
     /// # Errors
-    /// [`EngineError::NotFound`]; [`EngineError::FailedPrecondition`] when the disk does not let it go.
+    /// [`EngineError::NotFound`]; [`EngineError::Storage`] when the disk does not let it go.
     pub fn delete(&self, name: &str) -> Result<(), EngineError> {
         check_name(name, "name")?;
         let _turn = self.writing.turn();
@@ -345,7 +345,7 @@ impl Store {
             if missing(&e) {
                 return EngineError::not_found(format!("there is no probe \"{name}\""));
             }
-            EngineError::precondition(format!(
+            EngineError::storage(format!(
                 "probe \"{name}\" could not be removed ({}): the folder of probes must be writable",
                 e.kind()
             ))
@@ -478,12 +478,15 @@ fn stored(card: Card, tensors: &[u8]) -> Result<Stored, String> {
     Ok(Stored { card, scorers })
 }
 
-/// Whether these are the bytes that were stored.
-fn same(file: &TensorFile, bytes: &[u8]) -> Result<(), String> {
+/// Whether these are the bytes that a description is of.
+///
+/// # Errors
+/// That they are not.
+pub fn same(file: &TensorFile, bytes: &[u8]) -> Result<(), String> {
     if digest(bytes) == file.sha256 {
         return Ok(());
     }
-    Err("its weights are not those that were stored".to_owned())
+    Err("its weights are not those that its description is of: their SHA-256 is another".to_owned())
 }
 
 /// Reads weights: floats of single precision only, all finite.
@@ -542,7 +545,7 @@ pub(super) fn broken(name: &str, why: &str) -> EngineError {
 
 /// What is said of a probe that cannot be stored.
 fn unfit(name: &str, why: &str) -> EngineError {
-    EngineError::precondition(format!(
+    EngineError::storage(format!(
         "probe \"{name}\" could not be stored: {why}; what was there before is as it was"
     ))
 }
@@ -567,7 +570,7 @@ fn some(mut card: Card, hooks: &[String], sha256: String) -> Result<Card, Engine
 }
 
 fn unreadable(what: &str, e: &io::Error) -> EngineError {
-    EngineError::precondition(format!("{what} cannot be read: {}", e.kind()))
+    EngineError::storage(format!("{what} cannot be read: {}", e.kind()))
 }
 
 #[cfg(test)]
@@ -688,7 +691,7 @@ mod tests {
                 };
                 let error = store.put(card, &weights, replace).unwrap_err();
                 assert!(
-                    matches!(&error, EngineError::FailedPrecondition { message } if message.contains(part)),
+                    matches!(&error, EngineError::Storage { message } if message.contains(part)),
                     "{error:?}"
                 );
             }
@@ -759,10 +762,7 @@ mod tests {
                 let error = store
                     .put(good(name), &row(&[3.0, 4.0]), replace)
                     .unwrap_err();
-                assert!(
-                    matches!(error, EngineError::FailedPrecondition { .. }),
-                    "{error:?}"
-                );
+                assert!(matches!(error, EngineError::Storage { .. }), "{error:?}");
             }
         }
         for name in names {

@@ -329,8 +329,9 @@ fn brought(
 ) -> Result<(Card, Weights), EngineError> {
     let mut card = card::read(&files.description)
         .map_err(|why| EngineError::invalid("files.description", why))?;
-    let weights =
-        store::weights(&files.tensors).map_err(|why| EngineError::invalid("files.tensors", why))?;
+    let of_tensors = |why| EngineError::invalid("files.tensors", why);
+    store::same(&card.tensors, &files.tensors).map_err(of_tensors)?;
+    let weights = store::weights(&files.tensors).map_err(of_tensors)?;
     if card.fingerprint != info.fingerprint {
         if !force {
             return Err(EngineError::precondition(format!(
