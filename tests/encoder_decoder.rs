@@ -14,7 +14,8 @@ mod support;
 use daemon::{TestDaemon, fixture, hooks, request};
 use edits_support::{REWRITTEN, all, ask, edit, edits, interchange};
 use introspectd::service::wire::introspect::{
-    self as pb, edit::Operation as Op, find_circuit_response::Item,
+    self as pb, analysis_service_client::AnalysisServiceClient, edit::Operation as Op,
+    find_circuit_response::Item, heads_response,
     intervention_service_client::InterventionServiceClient,
 };
 use support::{Named, array, reference};
@@ -216,6 +217,31 @@ async fn what_it_writes_is_a_component_of_the_logit() {
         })
         .sum();
     assert!(cross > 1e-2, "the encoder says something");
+    d.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn its_heads_are_measured_but_for_what_repeated_tokens_would_show() {
+    let reference = reference(&fixture(MODEL));
+    let d = TestDaemon::with(&[MODEL]).await;
+    let mut client = AnalysisServiceClient::new(d.channel().await);
+    let asked = pb::HeadsRequest {
+        model: MODEL.to_owned(),
+        inputs: vec![input(&reference, ROW)],
+        ..pb::HeadsRequest::default()
+    };
+    let mut stream = client.heads(asked).await.unwrap().into_inner();
+    let (mut tensors, mut notes) = (0, Vec::new());
+    while let Some(message) = stream.message().await.unwrap() {
+        match message.item.unwrap() {
+            heads_response::Item::Tensor(_) => tensors += 1,
+            heads_response::Item::Summary(summary) => notes = summary.notes,
+            _ => {}
+        }
+    }
+    assert!(tensors > 0);
+    let said = |n: &String| n.contains("induction") && n.contains("\"input_ids\"");
+    assert!(notes.iter().any(said), "{notes:?}");
     d.stop().await;
 }
 

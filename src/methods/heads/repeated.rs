@@ -8,7 +8,7 @@ use std::collections::HashSet;
 
 use crate::{
     engine::{Ctx, EngineError, ModelHandle, TextInput, TokenizeOptions},
-    ipc::info::{InputRole, ModelInfo},
+    ipc::info::{InputInfo, InputRole, ModelInfo},
     methods::attribute::draw::Draws,
 };
 
@@ -45,7 +45,8 @@ pub(super) struct Sequence {
 /// Makes the sequences.
 ///
 /// # Errors
-/// With paths of fields that begin at the sequences; [`EngineError::FailedPrecondition`] for a model without token ids.
+/// With paths of fields that begin at the sequences; [`EngineError::FailedPrecondition`] for a model without token ids, or one that takes more
+/// than what follows from them.
 pub(super) async fn sequences(
     handle: &ModelHandle,
     repeated: &Repeated,
@@ -56,6 +57,13 @@ pub(super) async fn sequences(
         return Err(EngineError::precondition(format!(
             "model \"{}\" takes no token ids: there is nothing to repeat",
             info.name
+        )));
+    }
+    let other = |i: &&InputInfo| matches!(i.role, InputRole::Other | InputRole::Pixels);
+    if let Some(other) = info.inputs.iter().find(other) {
+        return Err(EngineError::precondition(format!(
+            "model \"{}\" takes \"{}\" beside its tokens, of which repeated tokens say nothing",
+            info.name, other.name
         )));
     }
     let (before, after) = if repeated.special_tokens {
