@@ -12,7 +12,7 @@ mod lens_support;
 mod support;
 
 use daemon::{TestDaemon, fixture, hooks, request};
-use edits_support::{REWRITTEN, all, ask, edit, edits, interchange};
+use edits_support::{REWRITTEN, all, ask, edit, edits, far, interchange};
 use introspectd::service::wire::introspect::{
     self as pb, analysis_service_client::AnalysisServiceClient, edit::Operation as Op,
     find_circuit_response::Item, heads_response,
@@ -26,6 +26,11 @@ const LAYERS: usize = 3;
 /// The row of the reference whose encoder has no padding.
 const ROW: usize = 0;
 const TARGET: u32 = 7;
+
+async fn opened() -> (Named, TestDaemon) {
+    let d = TestDaemon::with(&[MODEL]).await;
+    (reference(&fixture(MODEL)), d)
+}
 
 /// A row of the reference.
 fn row(reference: &Named, name: &str) -> Vec<f32> {
@@ -59,13 +64,6 @@ fn input(reference: &Named, encoded: usize) -> pb::Input {
     }
 }
 
-fn far(a: &[f32], b: &[f32]) -> f32 {
-    assert_eq!(a.len(), b.len());
-    let largest = b.iter().fold(1e-30f32, |m, v| m.max(v.abs()));
-    let off = a.iter().zip(b).map(|(x, y)| (x - y).abs());
-    off.fold(0.0, f32::max) / largest
-}
-
 fn changed(reference: &Named, intervention: pb::Intervention) -> pb::InterveneRequest {
     pb::InterveneRequest {
         model: MODEL.to_owned(),
@@ -77,8 +75,7 @@ fn changed(reference: &Named, intervention: pb::Intervention) -> pb::InterveneRe
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_inside_of_the_attention_to_the_encoder_is_pytorchs() {
-    let reference = reference(&fixture(MODEL));
-    let d = TestDaemon::with(&[MODEL]).await;
+    let (reference, d) = opened().await;
     let kind = input(&reference, ROW).kind.unwrap();
     let asked = hooks(&[
         "blocks.*.cross_attn.*",
@@ -118,8 +115,7 @@ async fn what_is_inside_of_the_attention_to_the_encoder_is_pytorchs() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_attention_to_the_encoder_is_edited() {
-    let reference = reference(&fixture(MODEL));
-    let d = TestDaemon::with(&[MODEL]).await;
+    let (reference, d) = opened().await;
     let silent = pb::Edit {
         layers: vec![1],
         heads: vec![2],
@@ -169,8 +165,7 @@ async fn the_attention_to_the_encoder_is_edited() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_it_writes_is_a_component_of_the_logit() {
-    let reference = reference(&fixture(MODEL));
-    let d = TestDaemon::with(&[MODEL]).await;
+    let (reference, d) = opened().await;
     let choice = pb::Choice {
         what: Some(pb::choice::What::Index(TARGET)),
         position: None,
@@ -222,8 +217,7 @@ async fn what_it_writes_is_a_component_of_the_logit() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn its_heads_are_measured_but_for_what_repeated_tokens_would_show() {
-    let reference = reference(&fixture(MODEL));
-    let d = TestDaemon::with(&[MODEL]).await;
+    let (reference, d) = opened().await;
     let mut client = AnalysisServiceClient::new(d.channel().await);
     let asked = pb::HeadsRequest {
         model: MODEL.to_owned(),
@@ -247,8 +241,7 @@ async fn its_heads_are_measured_but_for_what_repeated_tokens_would_show() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_such_models_are_refused_says_why() {
-    let reference = reference(&fixture(MODEL));
-    let d = TestDaemon::with(&[MODEL]).await;
+    let (reference, d) = opened().await;
     let along = pb::Edit {
         positions: vec![0],
         ..edit("cross_attn.hook_k", Op::Zero(pb::Zero {}))

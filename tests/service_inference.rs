@@ -4,9 +4,12 @@
 
 #[path = "support/daemon.rs"]
 mod daemon;
+#[path = "support/edits.rs"]
+mod edits_support;
 
 use bytes::{BufMut as _, Bytes, BytesMut};
 use daemon::{TestDaemon, hooks, ids};
+use edits_support::{edit, edits, vector};
 use futures::StreamExt as _;
 use introspectd::service::wire::inference::{
     self as pb, InferParameter,
@@ -14,7 +17,7 @@ use introspectd::service::wire::inference::{
     infer_parameter::ParameterChoice,
     model_infer_request::{InferInputTensor, InferRequestedOutputTensor},
 };
-use introspectd::service::wire::introspect;
+use introspectd::service::wire::introspect::{self, edit::Operation as Op};
 use tonic::{Code, Status, transport::Channel};
 use tonic_types::StatusExt as _;
 
@@ -214,33 +217,21 @@ async fn rows_run_under_an_intervention() {
     ]}"#;
     let add = introspect::Add {
         vector: Some(introspect::Vector {
-            of: Some(introspect::vector::Of::Values(introspect::Tensor {
-                dtype: introspect::DType::F32.into(),
-                shape: vec![1],
-                data: Bytes::copy_from_slice(&1f32.to_le_bytes()),
-                ..Default::default()
-            })),
+            of: Some(introspect::vector::Of::Values(vector(&[1.0]))),
         }),
         scale: Some(2.5),
     };
-    let intervention = introspect::Intervention {
-        edits: vec![
-            introspect::Edit {
-                hook: "attn.hook_z".into(),
-                layers: vec![1],
-                heads: vec![2],
-                operation: Some(introspect::edit::Operation::Zero(introspect::Zero {})),
-                ..Default::default()
-            },
-            introspect::Edit {
-                hook: "hidden_states.2".into(),
-                positions: vec![-2],
-                operation: Some(introspect::edit::Operation::Add(add)),
-                ..Default::default()
-            },
-        ],
-        ..Default::default()
-    };
+    let intervention = edits(vec![
+        introspect::Edit {
+            layers: vec![1],
+            heads: vec![2],
+            ..edit("attn.hook_z", Op::Zero(introspect::Zero {}))
+        },
+        introspect::Edit {
+            positions: vec![-2],
+            ..edit("hidden_states.2", Op::Add(add))
+        },
+    ]);
     let asked = || ask(vec![tensor("input_ids", &rows)], &["logits", "z.1"]);
     let plain = infer(&d, asked()).await.unwrap();
     let changed = infer(&d, under(asked(), json)).await.unwrap();

@@ -9,7 +9,7 @@ mod edits_support;
 
 use daemon::{TestDaemon, hooks, ids, text};
 use edits_support::{
-    IDS, MODELS, OTHER, REWRITTEN, all, ask, edit, edits, field, from, interchange, request,
+    IDS, MODELS, OTHER, REWRITTEN, all, ask, edit, edits, far, field, from, interchange, request,
     tokens, vector,
 };
 use introspectd::service::wire::introspect::{self as pb, edit::Operation as Op};
@@ -23,13 +23,6 @@ fn given(values: &[f32]) -> Option<pb::Vector> {
     Some(pb::Vector {
         of: Some(pb::vector::Of::Values(vector(values))),
     })
-}
-
-fn far(a: &[f32], b: &[f32]) -> f32 {
-    assert_eq!(a.len(), b.len());
-    let largest = b.iter().fold(1e-30f32, |m, v| m.max(v.abs()));
-    let off = a.iter().zip(b).map(|(x, y)| (x - y).abs());
-    off.fold(0.0, f32::max) / largest
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,17 +5,19 @@
 mod daemon;
 #[path = "support/edits.rs"]
 mod edits_support;
+#[path = "support/probe.rs"]
+mod probe_support;
 
 use daemon::{TestDaemon, hooks, ids};
 use edits_support::{tokens, vector};
 use introspectd::service::wire::introspect::{
     self as pb, edit::Operation as Op, intervene_item::Item as Of,
     intervene_response::Item as Message, intervention_service_client::InterventionServiceClient,
-    probe_kind::Kind, probe_service_client::ProbeServiceClient, train_request::Item as Asked,
-    train_response::Item, vector::Of as From,
+    probe_kind::Kind, vector::Of as From,
 };
+use probe_support::client;
 use safetensors::SafeTensors;
-use tonic::{Code, Status, transport::Channel};
+use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
 /// An encoder and two decoders.
@@ -26,10 +28,6 @@ const POSITIVE: [&[u32]; 2] = [&[2, 21, 8, 7, 3], &[2, 25, 12, 3]];
 const CLOSE: f32 = 1e-5;
 /// In double precision, of numbers that came in single precision from other batches.
 const SINGLE: f64 = 1e-4;
-
-async fn probes(d: &TestDaemon) -> ProbeServiceClient<Channel> {
-    ProbeServiceClient::new(d.channel().await)
-}
 
 fn example(of: &[u32], label: &str) -> pb::Example {
     pb::Example {
@@ -72,19 +70,8 @@ async fn train(
     header: pb::TrainHeader,
     examples: Vec<pb::Example>,
 ) -> Result<pb::Probe, Status> {
-    let items =
-        std::iter::once(Asked::Header(header)).chain(examples.into_iter().map(Asked::Example));
-    let requests: Vec<pb::TrainRequest> = items
-        .map(|item| pb::TrainRequest { item: Some(item) })
-        .collect();
-    let answer = probes(d).await.train(tokio_stream::iter(requests)).await?;
-    let (mut stream, mut probe) = (answer.into_inner(), None);
-    while let Some(message) = stream.message().await? {
-        if let Some(Item::Result(result)) = message.item {
-            probe = result.probe;
-        }
-    }
-    Ok(probe.expect("a training ends with its result"))
+    let trained = probe_support::train(d, header, examples).await?;
+    Ok(trained.result.probe.expect("a training ends with a probe"))
 }
 
 /// The stored weights of a hook point.
@@ -94,7 +81,7 @@ async fn weights(d: &TestDaemon, model: &str, hook: &str) -> Vec<f32> {
         name: "mood".to_owned(),
         ..pb::ExportProbeRequest::default()
     };
-    let answer = probes(d).await.export_probe(request).await.unwrap();
+    let answer = client(d).await.export_probe(request).await.unwrap();
     let tensors = answer.into_inner().files.unwrap().tensors;
     let file = SafeTensors::deserialize(&tensors).unwrap();
     let view = file.tensor(&format!("{hook}/weight")).unwrap();
@@ -231,7 +218,7 @@ async fn principal_components_have_length_one_and_lead_to_the_positive_texts() {
         model: "gpt2.legacy14".to_owned(),
         name: "mood".to_owned(),
     };
-    let stored = probes(&d).await.get_probe(get.clone()).await.unwrap();
+    let stored = client(&d).await.get_probe(get.clone()).await.unwrap();
     let stored = stored.into_inner().probe.unwrap();
     let kept = stored.reports[0].direction.unwrap();
     near(kept.length, told.length, "length");
@@ -241,12 +228,12 @@ async fn principal_components_have_length_one_and_lead_to_the_positive_texts() {
     let list = pb::ListProbesRequest {
         model: get.model.clone(),
     };
-    let listed = probes(&d).await.list_probes(list).await.unwrap();
+    let listed = client(&d).await.list_probes(list).await.unwrap();
     assert_eq!(listed.into_inner().probes, [stored]);
     let (model, name) = (get.model.clone(), get.name.clone());
     let delete = pb::DeleteProbeRequest { model, name };
-    probes(&d).await.delete_probe(delete).await.unwrap();
-    let gone = probes(&d).await.get_probe(get).await.unwrap_err();
+    client(&d).await.delete_probe(delete).await.unwrap();
+    let gone = client(&d).await.get_probe(get).await.unwrap_err();
     assert_eq!(gone.code(), Code::NotFound);
     d.stop().await;
 }

@@ -6,7 +6,7 @@ use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 
 use super::out::clean;
-use crate::service::status::name;
+use crate::service::status::{NOT_STORED, name};
 
 /// Why a command failed.
 #[derive(Debug)]
@@ -159,7 +159,7 @@ fn refused(status: &Status, place: Option<&str>) -> String {
 /// What to do about a code, where the message alone may leave people helpless.
 fn advice(code: Code, reason: &str) -> Option<&'static str> {
     match code {
-        Code::FailedPrecondition if reason == "NOT_STORED" => None,
+        Code::FailedPrecondition if reason == NOT_STORED => None,
         Code::NotFound => Some(
             "`introspectd models list` and `introspectd probe list` show what there is; `models list --rescan` looks again",
         ),

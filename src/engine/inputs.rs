@@ -424,11 +424,7 @@ impl Rows {
 
 impl Input {
     fn new(info: &InputInfo) -> Self {
-        // Axes that nobody could find out: the first is the batch unless the file fixes its extent.
-        let batched = match info.axes.first() {
-            Some(axis) => *axis == Axis::Batch,
-            None => info.dims.first().is_some_and(Option::is_none),
-        };
+        let batched = info.is_batched();
         let token_axis = info.axes.iter().position(Axis::is_token);
         let fixed = info
             .dims

@@ -134,6 +134,16 @@ pub struct InputInfo {
     pub role: InputRole,
 }
 
+impl InputInfo {
+    /// Whether the first axis is that of the batch. Of axes that nobody could find out it is, unless the file fixes its extent.
+    pub fn is_batched(&self) -> bool {
+        match self.axes.first() {
+            Some(axis) => *axis == Axis::Batch,
+            None => self.dims.first().is_some_and(Option::is_none),
+        }
+    }
+}
+
 /// An output of the model or of a variant.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ValueInfo {
@@ -327,5 +337,30 @@ impl ModelInfo {
     /// The output of a name.
     pub fn output(&self, name: &str) -> Option<&ValueInfo> {
         self.outputs.iter().find(|o| o.name == name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_axis_is_the_batch_unless_something_says_otherwise() {
+        let batched = |axes: Vec<Axis>, dims: Vec<Option<usize>>| {
+            let input = InputInfo {
+                name: "x".to_owned(),
+                dtype: DType::I64,
+                dims,
+                axes,
+                role: InputRole::Other,
+            };
+            input.is_batched()
+        };
+        assert!(batched(vec![Axis::Batch, Axis::Pos], vec![None, None]));
+        assert!(batched(vec![Axis::Batch], vec![Some(1)]));
+        assert!(!batched(vec![Axis::Pos], vec![None]));
+        assert!(batched(Vec::new(), vec![None, Some(7)]));
+        assert!(!batched(Vec::new(), vec![Some(7)]), "the file fixes it");
+        assert!(!batched(Vec::new(), Vec::new()), "a number");
     }
 }

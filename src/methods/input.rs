@@ -304,10 +304,10 @@ fn check_ids(info: &ModelInfo, ids: &[u32], type_ids: &[u32]) -> Result<(), Engi
     }
 }
 
-/// Whether an input holds a row for each row of a batch, as far as is known.
+/// Whether the input of this name is batched; what the model does not have counts as such, and is refused by the engine.
 pub fn is_batched(info: &ModelInfo, name: &str) -> bool {
     let input = info.inputs.iter().find(|i| i.name == name);
-    input.is_none_or(|i| i.axes.is_empty() || i.axes[0] == Axis::Batch)
+    input.is_none_or(InputInfo::is_batched)
 }
 
 /// Tensors of one row. What fits them to the model is checked by the engine.

@@ -15,7 +15,7 @@ use crate::{
         RowsDone, StageTimings,
     },
     ipc::{
-        info::{Axis, InputInfo, InputRole, ModelInfo},
+        info::{InputInfo, InputRole, ModelInfo},
         spec::{
             GradientSpec, OBJECTIVE, Reduction, Rules, TARGET_LABEL, TARGET_POSITION,
             TARGET_READOUT, TARGET_WEIGHT, VariantSpec,
@@ -182,7 +182,7 @@ impl Subject {
     ) -> Result<(), EngineError> {
         let at_a_time = (BYTES_AT_A_TIME / row_bytes.max(1)).clamp(1, ROWS_AT_A_TIME);
         // What shares a run with others must not depend on them.
-        let alone = self.info().rows_interact || self.info().inputs.iter().any(|i| !batched(i));
+        let alone = self.info().rows_interact || self.info().inputs.iter().any(|i| !i.is_batched());
         let per_group = if alone { 1 } else { at_a_time };
         let mut ahead: Option<(Queued, Vec<Range<usize>>)> = None;
         let mut each = |subject: &Self, ranges: &[Range<usize>], done: RowsDone| {
@@ -381,7 +381,7 @@ impl Subject {
         for given in &self.row.inputs {
             if inputs.iter().all(|i| i.name != given.name) {
                 let info = self.info().inputs.iter().find(|i| i.name == given.name);
-                let tensor = if info.is_none_or(batched) {
+                let tensor = if info.is_none_or(InputInfo::is_batched) {
                     given.tensor.repeated(rows).map_err(EngineError::internal)?
                 } else {
                     given.tensor.clone()
@@ -467,14 +467,6 @@ fn picks(show: &Show) -> Vec<PickSpec> {
     );
     picks.extend(show.expose.iter().map(|name| pick(name.clone())));
     picks
-}
-
-/// Whether the rows of a run are stacked in this input.
-pub(super) fn batched(input: &InputInfo) -> bool {
-    match input.axes.first() {
-        Some(axis) => *axis == Axis::Batch,
-        None => input.dims.first().is_some_and(Option::is_none),
-    }
 }
 
 /// The floats of an answer's tensor.

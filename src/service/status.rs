@@ -25,6 +25,8 @@ use crate::engine::{EngineError, error::clean};
 
 /// Domain of our `ErrorInfo`s.
 const DOMAIN: &str = "introspectd";
+/// Reason of what could not be stored.
+pub(crate) const NOT_STORED: &str = "NOT_STORED";
 /// What clients that retry by themselves obey.
 const PUSHBACK: &str = "grpc-retry-pushback-ms";
 
@@ -51,7 +53,7 @@ fn entry(error: &EngineError) -> Entry<'_> {
         EngineError::NotFound { .. } => plain(Code::NotFound, "NOT_FOUND"),
         EngineError::AlreadyExists { .. } => plain(Code::AlreadyExists, "ALREADY_EXISTS"),
         EngineError::FailedPrecondition { .. } => plain(Code::FailedPrecondition, "MODEL_LACKS_IT"),
-        EngineError::Storage { .. } => plain(Code::FailedPrecondition, "NOT_STORED"),
+        EngineError::Storage { .. } => plain(Code::FailedPrecondition, NOT_STORED),
         EngineError::ResourceExhausted { retry_after, .. } => Entry {
             retry_after: *retry_after,
             ..plain(Code::ResourceExhausted, "LIMIT_REACHED")

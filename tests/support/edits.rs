@@ -89,6 +89,14 @@ pub fn all(names: &[&str]) -> pb::Selection {
     }
 }
 
+/// The largest difference, relative to the largest of `b`.
+pub fn far(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    let largest = b.iter().fold(1e-30f32, |m, v| m.max(v.abs()));
+    let off = a.iter().zip(b).map(|(x, y)| (x - y).abs());
+    off.fold(0.0, f32::max) / largest
+}
+
 /// The field that is named.
 pub fn field(error: &Status) -> String {
     assert_eq!(error.code(), Code::InvalidArgument, "{error:?}");

@@ -368,12 +368,13 @@ fn read_layer(lab: &Lab<'_>, found: &mut Found, dims: &mut Dims, view: &LayerVie
                 None => Err("the layer has no perceptron behind an attention".to_owned()),
             };
             let mid = found.add_streamed(name("hook_resid_mid_cross"), Some(l), end);
-            out.zip(mid)
+            out.map(|out| (out, mid))
         }
         None => None,
     };
-    let mid = match (&view.layer.attention_block, &view.layer.mlp_block) {
-        (Some(a), Some(_)) if !view.layer.parallel => {
+    let behind = view.layer.mlp_block.is_some() || view.layer.cross.is_some();
+    let mid = match &view.layer.attention_block {
+        Some(a) if behind && !view.layer.parallel => {
             found.add_streamed(name("hook_resid_mid"), Some(l), see(a.end))
         }
         _ => {
@@ -444,7 +445,7 @@ fn check_sums(
     found: &mut Found,
     view: &LayerView<'_>,
     placed: &[&Option<Placed>; 5],
-    crossed: Option<&(Placed, Placed)>,
+    crossed: Option<&(Placed, Option<Placed>)>,
 ) {
     let l = view.at;
     let name = |inside: &str| format!("blocks.{l}.{inside}");
@@ -475,6 +476,20 @@ fn check_sums(
             about,
         );
     };
+    if let (Some((out, mid)), Some(cross)) = (crossed, &view.layer.cross)
+        && let Some(total) = mid
+            .as_ref()
+            .or(post.as_ref().filter(|_| view.layer.mlp_block.is_none()))
+        && !scaled(Some(&cross.block))
+        && let Ok(start) = stream(lab, cross.block.start, view.positions, Axis::DModel)
+    {
+        sum(
+            certificate::RESID_MID_CROSS,
+            &[&start.placed, out],
+            total,
+            &[name("hook_cross_attn_out")],
+        );
+    }
     if view.layer.parallel {
         if let (Some(pre), Some(a), Some(m), Some(post)) = (pre, attention_out, mlp_out, post)
             && !scaled(view.layer.attention_block.as_ref())
@@ -505,17 +520,6 @@ fn check_sums(
             &[pre, a],
             total,
             &[name("hook_attn_out")],
-        );
-    }
-    if let (Some((out, total)), Some(cross)) = (crossed, &view.layer.cross)
-        && !scaled(Some(&cross.block))
-        && let Ok(start) = stream(lab, cross.block.start, view.positions, Axis::DModel)
-    {
-        sum(
-            certificate::RESID_MID_CROSS,
-            &[&start.placed, out],
-            total,
-            &[name("hook_cross_attn_out")],
         );
     }
     if let (Some(m), Some(post), Some(block)) = (mlp_out, post, &view.layer.mlp_block)

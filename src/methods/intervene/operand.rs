@@ -208,11 +208,16 @@ impl Staged {
     }
 }
 
+/// Whether a stage behind another is one with it.
+pub(super) fn joins(before: Stage, next: Stage) -> bool {
+    (before, next) == (Stage::Move, Stage::Move)
+}
+
 /// Adds a stage to those of a hook point. Moves that follow each other are one: `(x a + b) c + d = x (a c) + (b c + d)`.
 pub(super) fn follow(stages: &mut Vec<Staged>, next: Staged) {
-    let last = stages.last_mut().filter(|l| l.stage == Stage::Move);
+    let last = stages.last_mut().filter(|l| joins(l.stage, next.stage));
     match (last, &next.operands[..]) {
-        (Some(last), [scale, shift]) if next.stage == Stage::Move => {
+        (Some(last), [scale, shift]) => {
             if let [a, b] = &last.operands[..] {
                 // A scale of zero replaces, whatever stood there.
                 let kept = b.with(scale, |b, c| if c == 0.0 { 0.0 } else { b * c });

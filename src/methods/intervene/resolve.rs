@@ -10,7 +10,7 @@ use futures::future::BoxFuture;
 use super::{
     Edit, Intervention, Operation, Vector, Within,
     means::named,
-    operand::{Grid, Staged, follow, given},
+    operand::{Grid, Staged, follow, given, joins},
     site::{Site, sites},
 };
 use crate::{
@@ -105,8 +105,7 @@ impl Resolver<'_> {
                 let found = sites(self.info, edit, &row.tokens, length);
                 places.push(found.map_err(|e| e.beneath(&format!("{field}[{n}]")))?);
             }
-            let frame = self.frame(edits, &places);
-            let runs = self.sources(edits, &places, (frame, field), within).await?;
+            let runs = self.sources(edits, &places, field, within).await?;
             let mut stages: BTreeMap<String, Vec<Staged>> = BTreeMap::new();
             for (n, (edit, sites)) in edits.iter().zip(&places).enumerate() {
                 let made = self.staged(edit, sites, &runs, length).await;
@@ -197,7 +196,7 @@ impl Resolver<'_> {
             let stage = edit.operation.stage();
             for site in sites {
                 let all = stages.entry(site.hook.clone()).or_default();
-                if stage != Stage::Move || all.last() != Some(&Stage::Move) {
+                if !all.last().is_some_and(|last| joins(*last, stage)) {
                     all.push(stage);
                 }
             }
@@ -205,13 +204,13 @@ impl Resolver<'_> {
         Edits::new(self.info, stages, Vec::new())
     }
 
-    /// Runs every source that these edits name, once. One that is not edited itself runs by the graph that its values go to, the `frame`:
-    /// what is interchanged with itself then stays as it is.
+    /// Runs every source that these edits name, once. One that is not edited itself runs by the graph that its values go to: what is
+    /// interchanged with itself then stays as it is.
     async fn sources(
         &self,
         edits: &[Edit],
         places: &[Vec<Site>],
-        (frame, field): (Edits, &str),
+        field: &str,
         within: &[String],
     ) -> Result<BTreeMap<String, Run>, EngineError> {
         let mut wanted: BTreeMap<&String, (String, BTreeSet<String>)> = BTreeMap::new();
@@ -245,13 +244,13 @@ impl Resolver<'_> {
             let prepared = input::prepare(self.handle, source.input.clone(), self.within.ctx)
                 .await
                 .map_err(|e| e.beneath(&format!("{here}.input")))?;
-            let edits = format!("{here}.edits");
-            let edits = self.edits(&source.edits, &prepared, &edits, &chain).await?;
+            let own = format!("{here}.edits");
+            let own = self.edits(&source.edits, &prepared, &own, &chain).await?;
             let length = prepared.group.length;
-            let framed = edits.is_empty();
+            let framed = own.is_empty();
             let handle = self.handle.edited(match framed {
-                true => frame.clone(),
-                false => edits,
+                true => self.frame(edits, places),
+                false => own,
             });
             let hooks: Vec<String> = hooks.into_iter().collect();
             let mut values = BTreeMap::new();

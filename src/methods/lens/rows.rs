@@ -9,7 +9,7 @@ use crate::{
     ipc::info::InputRole,
     methods::{
         input,
-        subject::{Show, Subject, batched},
+        subject::{Show, Subject},
     },
 };
 
@@ -48,8 +48,8 @@ impl Rows {
                 && !subject.handle.is_edited()
                 && subject.tokens.len() == positions
                 && subject.ids_input().is_some()
-                && all.clone().all(|i| fills(i.role) && batched(i)),
-            alone: info.rows_interact || !all.clone().all(batched),
+                && all.clone().all(|i| fills(i.role) && i.is_batched()),
+            alone: info.rows_interact || !all.clone().all(|i| i.is_batched()),
         }
     }
 
